@@ -1,0 +1,211 @@
+"""What an architecture means for its infinite-width kernel: a checked, parameter-free list of layers.
+
+Widths vanish in the limit, so two networks that differ only in width have the same list; its ``repr`` names the
+architecture in the keys of stored Grams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ntk_lightning.networks import Erf, NTKConv2d, NTKLinear, Residual
+
+__all__ = ["Activation", "Conv", "Flatten", "GlobalAvgPool", "Layer", "Linear", "Pool", "Sum", "check_shape", "parse"]
+
+_SUPPORTED = (
+    "NTKLinear, NTKConv2d, nn.ReLU, nn.LeakyReLU, nn.GELU (exact), Erf, nn.Identity, nn.AvgPool2d without padding, "
+    "nn.AdaptiveAvgPool2d(1), nn.Flatten, Residual and nn.Sequential of these"
+)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Fully connected layer: weight_std^2 K + bias_std^2."""
+
+    weight_std: float
+    bias_std: float
+
+
+@dataclass(frozen=True)
+class Conv:
+    """Square convolution with ``pad`` zeros on each side."""
+
+    kernel_size: int
+    pad: int
+    stride: int
+    weight_std: float
+    bias_std: float
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Pointwise nonlinearity: "relu" (with the slope of its negative half), "erf" or "gelu"."""
+
+    name: str
+    negative_slope: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Square average pooling without padding."""
+
+    kernel_size: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class GlobalAvgPool:
+    """Mean over all pixels."""
+
+
+@dataclass(frozen=True)
+class Flatten:
+    """All pixels become inputs of the next linear layer: the mean over equal pixels."""
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Sum of two independent branches."""
+
+    body: tuple[Layer, ...]
+    shortcut: tuple[Layer, ...]
+
+
+Layer = Linear | Conv | Activation | Pool | GlobalAvgPool | Flatten | Sum
+
+
+def parse(net: nn.Module) -> tuple[Layer, ...]:
+    """Translate a network into its layers, or say why it has no infinite-width kernel here.
+
+    Args:
+        net: ``nn.Sequential`` of supported layers, or a single one.
+
+    Returns:
+        The layers in order, identities left out.
+
+    Raises:
+        TypeError: A layer has no closed form; the message names it and lists what is supported.
+        ValueError: The order of the layers has no closed form (an activation of something that is not Gaussian, say),
+            or the network has no affine layer.
+    """
+    layers = tuple(_translate(net, "net"))
+    _check_gaussian(layers, gaussian=False)
+    if not layers or not isinstance(layers[-1], Linear):
+        raise ValueError("The network must end in an NTKLinear readout to have a scalar kernel per pair of inputs.")
+    return layers
+
+
+def _translate(module: nn.Module, path: str) -> list[Layer]:
+    match module:
+        case nn.Sequential():
+            return [layer for name, child in module.named_children() for layer in _translate(child, f"{path}.{name}")]
+        case NTKLinear():
+            return [Linear(module.weight_std, module.bias_std)]
+        case NTKConv2d():
+            return [Conv(module.kernel_size, module.pad, module.stride, module.weight_std, module.bias_std)]
+        case nn.ReLU():
+            return [Activation("relu")]
+        case nn.LeakyReLU():
+            return [Activation("relu", module.negative_slope)]
+        case nn.GELU(approximate="none"):
+            return [Activation("gelu")]
+        case Erf():
+            return [Activation("erf")]
+        case nn.Identity():
+            return []
+        case nn.AvgPool2d(padding=0 | (0, 0), ceil_mode=False, divisor_override=None):
+            return [Pool(_square(module.kernel_size, path), _square(module.stride, path))]
+        case nn.AdaptiveAvgPool2d(output_size=1 | (1, 1)):
+            return [GlobalAvgPool()]
+        case nn.Flatten(start_dim=1, end_dim=-1):
+            return [Flatten()]
+        case Residual():
+            body = tuple(_translate(module.body, f"{path}.body"))
+            return [Sum(body, tuple(_translate(module.shortcut, f"{path}.shortcut")))]
+    raise TypeError(f"{path} is {module}, which has no infinite-width kernel here. Supported: {_SUPPORTED}.")
+
+
+def _square(size: int | tuple[int, int], path: str) -> int:
+    if isinstance(size, int):
+        return size
+    if size[0] != size[1]:
+        raise TypeError(f"{path} pools {size}: only square windows and strides are supported.")
+    return size[0]
+
+
+def _check_gaussian(layers: Sequence[Layer], gaussian: bool) -> bool:
+    """Check that every activation sees a Gaussian field, as the closed forms assume; tell whether the output is one."""
+    flat = False
+    for layer in layers:
+        match layer:
+            case Linear() | Conv():
+                gaussian, flat = True, False
+            case Activation():
+                if not gaussian:
+                    raise ValueError(
+                        f"{layer} has no closed form where it stands: its input must be Gaussian. Put an affine layer "
+                        "(NTKLinear or NTKConv2d) before it."
+                    )
+                if flat:
+                    raise ValueError(f"{layer} stands after nn.Flatten without an affine layer between: swap the two.")
+                gaussian = False
+            case Flatten():
+                flat = True
+            case Sum(body, shortcut):
+                if not body or not isinstance(body[-1], Linear | Conv):
+                    raise ValueError(
+                        "The body of a Residual must end in an affine layer, so that its branches are independent."
+                    )
+                if shortcut and not isinstance(shortcut[-1], Linear | Conv):
+                    raise ValueError("The shortcut of a Residual must be the identity or end in an affine layer.")
+                _check_gaussian(body, gaussian)
+                gaussian = _check_gaussian(shortcut, gaussian)
+    return gaussian
+
+
+def check_shape(layers: Sequence[Layer], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Follow the shape of one input through the layers.
+
+    Args:
+        layers: From :func:`parse`.
+        shape: Spatial shape: (H, W) in pixels for images, () for vectors.
+
+    Returns:
+        The spatial shape after the layers, () for a vector.
+
+    Raises:
+        ValueError: A layer cannot take what reaches it; the message gives the shape there.
+    """
+    for layer in layers:
+        match layer:
+            case Linear():
+                if shape:
+                    raise ValueError(
+                        f"NTKLinear needs a vector, but {shape[0]}x{shape[1]} pixels reach it: add nn.Flatten."
+                    )
+            case Conv() | Pool() | GlobalAvgPool() if not shape:
+                raise ValueError(f"{layer} needs an image, but a vector reaches it: give inputs of shape (n, C, H, W).")
+            case Conv(kernel_size, pad, stride):
+                shape = tuple((side + 2 * pad - kernel_size) // stride + 1 for side in shape)
+                if min(shape) < 1:
+                    raise ValueError(f"{layer} leaves no pixel: the image is too small for this network.")
+            case Pool(kernel_size, stride):
+                if any(side < kernel_size or (side - kernel_size) % stride for side in shape):
+                    raise ValueError(
+                        f"Average pooling of {kernel_size}x{kernel_size} with stride {stride} does not divide the "
+                        f"{shape[0]}x{shape[1]} pixels that reach it: resize or pad the images."
+                    )
+                shape = tuple((side - kernel_size) // stride + 1 for side in shape)
+            case GlobalAvgPool():
+                shape = (1, 1)
+            case Flatten():
+                shape = ()
+            case Sum(body, shortcut):
+                sums = check_shape(body, shape), check_shape(shortcut, shape)
+                if sums[0] != sums[1]:
+                    raise ValueError(f"The branches of a Residual end in different shapes, {sums[0]} and {sums[1]}.")
+                shape = sums[0]
+    return shape
