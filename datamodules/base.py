@@ -1,0 +1,279 @@
+"""Data that lives on the device: nested subsets of one pool, normalized, served as batches of indices."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+
+from ntk_lightning.objective import check_labels
+from ntk_lightning.optim import OptimizerConfig
+
+__all__ = ["Batch", "BatchLoader", "ImageDataModule", "Samples"]
+
+
+class Batch(NamedTuple):
+    """One process's share of a batch.
+
+    ``x`` (b, C, H, W), ``y`` (b,), ``index`` (b,) positions in the data set, ``size`` of the batch over all processes.
+    """
+
+    x: Tensor
+    y: Tensor
+    index: Tensor
+    size: int
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Inputs ``x`` (n, C, H, W) and labels ``y`` (n,)."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def to(self, device: torch.device | str) -> Samples:
+        """Move both tensors; the same samples where they are there already."""
+        return replace(self, x=self.x.to(device), y=self.y.to(device))
+
+
+class Shuffled:
+    """Order of the training batches: what the optimizer config gives for the current epoch."""
+
+    def __init__(self, n: int, optimizer: OptimizerConfig) -> None:
+        self.n, self.optimizer, self.epoch = n, optimizer, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; Lightning calls this before each one."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.optimizer.batches(self.n, self.epoch))
+
+    def __len__(self) -> int:
+        return self.optimizer.steps_per_epoch(self.n)
+
+
+class BatchLoader:
+    """Iterates over batches of samples that lie on the device: a batch is an index.
+
+    Args:
+        samples: The data set, on the device of the training.
+        sampler: Gives index tensors of whole batches; ``set_epoch`` is called on it where it has one.
+        transform: Applied to every batch of images.
+        rank: Number of this process, which gets every ``world_size``-th sample of a batch from ``rank`` on.
+        world_size: Number of processes.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        sampler: Sequence[Tensor] | Shuffled,
+        transform: Callable[[Tensor], Tensor] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.samples, self.sampler, self.transform = samples, sampler, transform
+        self.rank, self.world_size = rank, world_size
+        self.batch_sampler = None  # Lightning asks every loader with a sampler for one
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for whole in self.sampler:
+            index = whole[self.rank :: self.world_size].to(self.samples.x.device)
+            x = self.samples.x[index]
+            yield Batch(x if self.transform is None else self.transform(x), self.samples.y[index], index, len(whole))
+
+
+class ImageDataModule(LightningDataModule, ABC):
+    """Base of all data sets: labels in {-1, +1}, float32 images (n, C, H, W), per-channel normalization.
+
+    The pool of training images is put in one random order, fixed by ``subset_seed``. The training subset is its first
+    ``n_train`` images, so that smaller subsets are nested in larger ones; validation and fresh samples are counted from
+    its end and never meet the training subset. The test subset is the same for every ``subset_seed``. Mean and standard
+    deviation of each channel come from the training subset.
+
+    A subclass gives :meth:`load`. After :meth:`setup` the data are in ``train_set``, ``test_set``, ``val_set`` and
+    ``fresh_set`` (the last two None where their size is 0).
+
+    Args:
+        n_train: Samples to train on.
+        n_test: Samples to test on.
+        n_val: Held-out samples of the training pool, to stop on without looking at the test set.
+        fresh: Size of a second training subset, disjoint from the first; True takes ``n_train``.
+        subset_seed: Fixes the order of the pool.
+        batch_size: Samples a training step. By default that of the trained module's optimizer config, which also fixes
+            the order of the batches; a different number is an error.
+        eval_batch_size: Samples a validation or test step.
+        transform: Any callable on a batch of training images (b, C, H, W), such as a torchvision v2 transform.
+
+    Raises:
+        ValueError: A size is out of range.
+    """
+
+    def __init__(
+        self,
+        n_train: int = 2000,
+        n_test: int = 1000,
+        n_val: int = 0,
+        fresh: int | bool = 0,
+        subset_seed: int = 0,
+        batch_size: int | None = None,
+        eval_batch_size: int = 500,
+        transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.n_train, self.n_test, self.n_val = n_train, n_test, n_val
+        self.n_fresh = n_train if fresh is True else int(fresh)
+        for name, value, least in (
+            ("n_train", n_train, 1),
+            ("n_test", n_test, 1),
+            ("n_val", n_val, 0),
+            ("fresh", self.n_fresh, 0),
+            ("subset_seed", subset_seed, 0),
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}.")
+        self.subset_seed, self.batch_size, self.eval_batch_size = subset_seed, batch_size, eval_batch_size
+        self.transform = transform
+        self.train_set: Samples | None = None
+        self.test_set: Samples | None = None
+        self.val_set: Samples | None = None
+        self.fresh_set: Samples | None = None
+
+    @abstractmethod
+    def load(self, train: bool) -> Samples:
+        """Load a whole pool.
+
+        Args:
+            train: The training pool, or else the test pool.
+
+        Returns:
+            Images (N, C, H, W), float or uint8, and labels (N,) in {-1, +1}, in an order that never changes.
+        """
+
+    def setup(self, stage: str | None = None) -> None:
+        """Draw the subsets and normalize them; does nothing the second time.
+
+        Args:
+            stage: Ignored: every stage needs the training subset's statistics.
+
+        Raises:
+            ValueError: More samples are asked for than there are, a label is not -1 or +1, an image is not finite, or a
+                channel of the training subset is constant.
+        """
+        if self.train_set is not None:
+            return
+        pool, test = self.load(train=True), self.load(train=False)
+        needed = self.n_train + self.n_val + self.n_fresh
+        for name, asked, have in (
+            ("n_train + n_val + fresh", needed, len(pool)),
+            ("n_test", self.n_test, len(test)),
+        ):
+            if asked > have:
+                raise ValueError(
+                    f"{name} = {asked}, but {type(self).__name__} has {have} such samples: ask for fewer."
+                )
+        order = _permutation(self.subset_seed, len(pool))
+        train_set = _take(pool, order[: self.n_train])
+        spread, mean = torch.std_mean(train_set.x.double(), (0, *range(2, train_set.x.dim())), correction=0, keepdim=True)
+        if not (spread > 0).all():
+            constant = (spread.flatten() == 0).nonzero().flatten().tolist()
+            raise ValueError(
+                f"Channel(s) {constant} of the training subset are constant and cannot be normalized: "
+                "drop them or take more samples."
+            )
+
+        def normalize(samples: Samples) -> Samples:
+            return replace(samples, x=((samples.x - mean) / spread).float())
+
+        ends = len(order) - self.n_val
+        self.test_set = normalize(_take(test, _permutation(0, len(test))[: self.n_test]))
+        self.val_set = normalize(_take(pool, order[ends:].flip(0))) if self.n_val else None
+        self.fresh_set = normalize(_take(pool, order[ends - self.n_fresh : ends].flip(0))) if self.n_fresh else None
+        self.train_set = normalize(train_set)
+
+    @property
+    def evaluation_splits(self) -> tuple[str, ...]:
+        """Names of the validation loaders in order: the test set watched by the oracle, then the validation set."""
+        return ("test", "val") if self.n_val else ("test",)
+
+    @property
+    def optimizer_config(self) -> OptimizerConfig:
+        """Batch size and order: the trained module's, or ``batch_size`` outside a Trainer.
+
+        Raises:
+            ValueError: ``batch_size`` is given and differs from the trained module's.
+        """
+        module = getattr(self.trainer, "lightning_module", None)
+        config: OptimizerConfig | None = getattr(module, "optimizer_config", None)
+        if config is None:
+            return OptimizerConfig(batch_size=self.batch_size or OptimizerConfig.batch_size)
+        if self.batch_size not in (None, config.batch_size):
+            raise ValueError(
+                f"batch_size={self.batch_size} of the data and batch_size={config.batch_size} of the optimizer config "
+                "differ: give it to the optimizer config only."
+            )
+        return config
+
+    def train_dataloader(self) -> BatchLoader:
+        """Make the loader of shuffled training batches."""
+        samples = _present(self.train_set)
+        return self._loader(samples, Shuffled(len(samples), self.optimizer_config), self.transform)
+
+    def val_dataloader(self) -> list[BatchLoader]:
+        """Make one loader for each of :attr:`evaluation_splits`."""
+        sets = (self.test_set, self.val_set) if self.n_val else (self.test_set,)
+        return [self._in_order(_present(samples)) for samples in sets]
+
+    def test_dataloader(self) -> BatchLoader:
+        """Make the loader of the test set."""
+        return self._in_order(_present(self.test_set))
+
+    def predict_dataloader(self) -> BatchLoader:
+        """Make the loader of the test set, for predictions."""
+        return self.test_dataloader()
+
+    def _in_order(self, samples: Samples) -> BatchLoader:
+        return self._loader(samples, torch.split(torch.arange(len(samples)), self.eval_batch_size))
+
+    def _loader(
+        self,
+        samples: Samples,
+        sampler: Sequence[Tensor] | Shuffled,
+        transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> BatchLoader:
+        if self.trainer is None:
+            return BatchLoader(samples, sampler, transform)
+        on_device = samples.to(self.trainer.strategy.root_device)
+        return BatchLoader(on_device, sampler, transform, self.trainer.global_rank, self.trainer.world_size)
+
+
+def _present(samples: Samples | None) -> Samples:
+    if samples is None:
+        raise RuntimeError("The data are not set up: call setup() first.")
+    return samples
+
+
+def _permutation(seed: int, n: int) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(np.random.SeedSequence((seed, 0x5EED))).permutation(n))
+
+
+def _take(pool: Samples, index: Tensor) -> Samples:
+    samples = Samples(pool.x[index], pool.y[index].float())
+    check_labels(samples.y)
+    if samples.x.is_floating_point() and not torch.isfinite(samples.x).all():
+        raise ValueError("An image has a NaN or infinite pixel: clean the data.")
+    return samples

@@ -1,0 +1,80 @@
+"""Dog against horse of CIFAR-10, from the hub or from local parquet files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from ntk_lightning.datamodules.base import ImageDataModule, Samples
+from ntk_lightning.datamodules.parquet import binary_labels, read_parquet
+
+__all__ = ["CIFAR10Binary"]
+
+HUB_ID = "uoft-cs/cifar10"
+
+
+class CIFAR10Binary(ImageDataModule):
+    """Two classes of CIFAR-10 (Krizhevsky, 2009): by default dog (-1) against horse (+1), 10,000 + 2,000 images.
+
+    Args:
+        path: Folder with parquet files of the hub's schema (columns ``img`` and ``label``) whose names contain "train"
+            or "test"; by default the data set ``uoft-cs/cifar10`` of the Hugging Face hub is downloaded and cached.
+        classes: Class numbers for the labels -1 and +1.
+        **kwargs: Those of :class:`~ntk_lightning.datamodules.ImageDataModule`.
+
+    Raises:
+        FileNotFoundError: ``path`` has no such parquet files.
+    """
+
+    def __init__(self, path: str | None = None, classes: tuple[int, int] = (5, 7), **kwargs: Any) -> None:  # noqa: ANN401 - passed on
+        super().__init__(**kwargs)
+        self.path = None if path is None else Path(path)
+        self.classes = classes
+        if self.path is not None:
+            for split in ("train", "test"):
+                self._files(self.path, split)
+
+    def prepare_data(self) -> None:
+        """Download from the hub where no path was given."""
+        if self.path is None:
+            for split in ("train", "test"):
+                _from_hub(split)
+
+    def load(self, train: bool) -> Samples:
+        """Read one pool (see the base class)."""
+        split = "train" if train else "test"
+        if self.path is not None:
+            return read_parquet(self._files(self.path, split), "img", self.classes)
+        dataset = _from_hub(split)
+        labels = np.asarray(dataset["label"])
+        rows = np.flatnonzero(np.isin(labels, self.classes))
+        pictures = np.stack([np.asarray(picture) for picture in dataset.select(rows)["img"]])
+        images = torch.from_numpy(pictures).movedim(-1, 1).contiguous()
+        return Samples(images, binary_labels(labels[rows], self.classes))
+
+    @staticmethod
+    def _files(path: Path, split: str) -> list[Path]:
+        named = sorted(file for file in path.rglob("*.parquet") if split in file.name)
+        files = [file for file in named if {"img", "label"} <= set(pq.read_schema(file).names)]
+        if not files:
+            raise FileNotFoundError(
+                f"No parquet file under {path} has {split!r} in its name and the columns img and label: give the folder "
+                f"that holds CIFAR-10 in the schema of {HUB_ID}, or leave path out to download it."
+            )
+        return files
+
+
+def _from_hub(split: str) -> Any:  # noqa: ANN401 - datasets ships no types
+    import datasets  # here, since its import takes a second that the other data sets need not spend
+
+    try:
+        return datasets.load_dataset(HUB_ID, split=split)
+    except (ConnectionError, OSError) as error:
+        raise ConnectionError(
+            f"{HUB_ID} could not be had from the Hugging Face hub ({error}). Check the network, or download its parquet "
+            "files and give their folder as path."
+        ) from error

@@ -1,0 +1,71 @@
+"""A task whose labels come from a random network."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from ntk_lightning.datamodules.base import ImageDataModule, Samples
+from ntk_lightning.networks import FiveLayerCNN
+
+__all__ = ["SyntheticTeacher"]
+
+
+class SyntheticTeacher(ImageDataModule):
+    """Random images labelled by the sign of a random teacher network in NTK parameterization.
+
+    The design is this project's choice. The label is sign(f(x) - m) with m the median of the teacher's outputs on the
+    training pool, so that both classes are equally frequent.
+
+    Args:
+        distribution: "gaussian" for pixels from N(0, 1), "sphere" for the same scaled to norm sqrt(C * H * W).
+        shape: Channels, height and width of an image.
+        teacher: The teacher, as it is; by default a :class:`~ntk_lightning.networks.FiveLayerCNN` of width 64 with
+            weights drawn from ``teacher_seed``.
+        teacher_seed: Seed of the images and of the default teacher.
+        pool_size: Images in the training pool and in the test pool.
+        **kwargs: Those of :class:`~ntk_lightning.datamodules.ImageDataModule`.
+
+    Raises:
+        ValueError: ``distribution`` is unknown.
+    """
+
+    def __init__(
+        self,
+        distribution: Literal["gaussian", "sphere"] = "gaussian",
+        shape: tuple[int, int, int] = (3, 32, 32),
+        teacher: nn.Module | None = None,
+        teacher_seed: int = 0,
+        pool_size: int = 4096,
+        **kwargs: Any,  # noqa: ANN401 - passed on
+    ) -> None:
+        super().__init__(**kwargs)
+        if distribution not in ("gaussian", "sphere"):
+            raise ValueError(f'distribution must be "gaussian" or "sphere", got {distribution!r}.')
+        self.distribution, self.shape, self.teacher_seed, self.pool_size = distribution, shape, teacher_seed, pool_size
+        if teacher is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(teacher_seed)
+                teacher = FiveLayerCNN(width=64, in_channels=shape[0])
+        self._median: torch.Tensor | None = None
+        self.teacher = teacher.requires_grad_(False).eval()
+
+    def load(self, train: bool) -> Samples:
+        """Draw the images and label them (see the base class)."""
+        images, outputs = self._draw(train)
+        if train:
+            self._median = outputs.median()
+        elif self._median is None:
+            self._median = self._draw(train=True)[1].median()
+        return Samples(images, torch.where(outputs > self._median, 1.0, -1.0))
+
+    def _draw(self, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        rng = np.random.default_rng(np.random.SeedSequence((self.teacher_seed, int(train))))
+        images = torch.from_numpy(rng.standard_normal((self.pool_size, *self.shape), dtype=np.float32))
+        if self.distribution == "sphere":
+            images *= images[0].numel() ** 0.5 / images.flatten(1).norm(dim=1)[:, None, None, None]
+        with torch.no_grad():
+            return images, torch.cat([self.teacher(chunk) for chunk in torch.split(images, 256)]).flatten()

@@ -1,0 +1,45 @@
+"""The user's own tensors as a data module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ntk_lightning.datamodules.base import ImageDataModule, Samples
+
+__all__ = ["TensorData"]
+
+
+class TensorData(ImageDataModule):
+    """Two classes given as tensors, for data that this package does not know.
+
+    Args:
+        train: Images (N, C, H, W) and labels (N,) in {-1, +1}, the training pool.
+        test: The same for the test pool.
+        **kwargs: Those of :class:`~ntk_lightning.datamodules.ImageDataModule`; ``n_train`` and ``n_test`` are by default
+            the whole pools.
+
+    Raises:
+        ValueError: Images and labels differ in number.
+
+    Example:
+        >>> import torch
+        >>> x, y = torch.randn(10, 1, 8, 8), torch.tensor([-1.0, 1.0]).repeat(5)
+        >>> data = TensorData((x, y), (x, y), n_train=6)
+        >>> data.setup()
+        >>> len(data.train_set), len(data.test_set)
+        (6, 10)
+    """
+
+    def __init__(self, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], **kwargs: Any) -> None:  # noqa: ANN401 - passed on
+        for name, (x, y) in (("train", train), ("test", test)):
+            if len(x) != len(y) or y.dim() != 1:
+                raise ValueError(f"{name}: {len(x)} images need as many labels (N,), got {tuple(y.shape)}.")
+        sizes = {"n_train": len(train[1]) - kwargs.get("n_val", 0) - int(kwargs.get("fresh", 0)), "n_test": len(test[1])}
+        super().__init__(**{**sizes, **kwargs})
+        self.pools = Samples(*train), Samples(*test)
+
+    def load(self, train: bool) -> Samples:
+        """Return the given pool (see the base class)."""
+        return self.pools[0] if train else self.pools[1]

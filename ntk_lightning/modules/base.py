@@ -1,0 +1,106 @@
+"""What every arm of a comparison shares: the step, the loss, the metrics and the optimizer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from ntk_lightning.datamodules.base import Batch
+from ntk_lightning.objective import check_labels, count_errors, encode_targets, squared_error
+from ntk_lightning.optim import OptimizerConfig
+
+__all__ = ["NTKModule"]
+
+
+class NTKModule(LightningModule, ABC):
+    """Base of the three models: mean squared error on +-1 labels, SGD with momentum, error rate.
+
+    Logs ``train/loss``, ``train/error``, and the same for every evaluation split, averaged over samples (a smaller last
+    batch counts less). Batches are :class:`ntk_lightning.datamodules.Batch` or plain tuples (x, y).
+
+    Args:
+        optimizer: Learning rate, momentum, batch size and order. The Trainer's ``max_epochs`` or ``max_steps`` fixes the
+            length of the run.
+    """
+
+    label: ClassVar[str]
+
+    def __init__(self, optimizer: OptimizerConfig) -> None:
+        super().__init__()
+        self.optimizer_config = optimizer
+        self._metrics = nn.ModuleDict(
+            {
+                f"{split}/{name}": MeanMetric(nan_strategy="disable")
+                for split in ("train", "val", "test")
+                for name in ("loss", "error")
+            }
+        )
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Evaluate the model: inputs (n, ...) to outputs (n, num_outputs)."""
+
+    def predict(self, batch: Batch, split: str) -> Tensor:
+        """Evaluate the model on a batch, by its position in the data set where that is faster.
+
+        Args:
+            batch: Of the data module.
+            split: "train", "val" or "test": the data set it is from.
+
+        Returns:
+            Outputs (b, num_outputs).
+        """
+        outputs: Tensor = self(batch.x)
+        return outputs
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ANN401 - Batch or (x, y)
+        """Compute the loss of one training batch."""
+        return self._shared_step(batch, batch_idx, "train")
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ANN401
+        """Measure one batch of an evaluation split."""
+        splits = getattr(getattr(self.trainer, "datamodule", None), "evaluation_splits", ("val",))
+        self._shared_step(batch, batch_idx, splits[dataloader_idx])
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+        """Measure one batch of the test set."""
+        self._shared_step(batch, batch_idx, "test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ANN401
+        """Evaluate the model on one batch."""
+        outputs: Tensor = self(batch[0])
+        return outputs
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Make the optimizer that all models share."""
+        return self.optimizer_config.configure(self.parameters())
+
+    def _shared_step(self, batch: Any, batch_idx: int, split: str) -> Tensor:  # noqa: ANN401
+        if not isinstance(batch, Batch):
+            x, y = batch
+            batch = Batch(x, y, torch.arange(0), len(y) * self.trainer.world_size)
+        outputs = self.predict(batch, split)
+        if batch_idx == 0 and outputs.shape[1] == 1:
+            check_labels(batch.y)
+        targets = encode_targets(batch.y, outputs.shape[1], outputs.dtype)
+        losses = squared_error(outputs, targets)
+        errors = count_errors(outputs.detach(), targets)
+        for name, values in (("loss", losses.detach()), ("error", errors.to(losses.dtype))):
+            metric = self._metrics[f"{split}/{name}"]
+            metric.update(values)
+            self.log(
+                f"{split}/{name}",
+                metric,
+                on_step=False,
+                on_epoch=True,
+                prog_bar=name == "error",
+                add_dataloader_idx=False,
+                batch_size=max(1, len(values)),
+            )
+        # DDP averages gradients over processes: this makes the average that of the whole batch, however it was cut
+        return losses.sum() * (self.trainer.world_size / batch.size)

@@ -1,0 +1,175 @@
+"""A kernel model trained in coefficient space, step for step as a network of that kernel would be in weight space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ntk_lightning.datamodules.base import Batch, Samples
+from ntk_lightning.kernels.infinite import Backend, InfiniteNTK, Kind
+from ntk_lightning.modules.base import NTKModule
+from ntk_lightning.optim import OptimizerConfig
+
+__all__ = ["InfiniteNTKReadout", "KernelReadout"]
+
+
+class FunctionalGradient(torch.autograd.Function):
+    """K[batch] @ a, whose backward is the functional gradient: the incoming gradient, scattered to the batch's rows.
+
+    The gradient of the loss with respect to a would be K[batch].T @ g. A gradient step in the weights of a model
+    f(x) = <phi(x), w> moves f by functions K(., x_b) with weights g_b, which is a step of g in the coefficients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, coefficients: Tensor, rows: Tensor, index: Tensor) -> Tensor:  # noqa: ANN401 - torch's context
+        """Multiply kernel rows (b, n) with coefficients (n, C)."""
+        ctx.save_for_backward(index)
+        ctx.shape = coefficients.shape
+        return rows @ coefficients
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401 - torch's context
+        """Scatter (b, C) into zeros (n, C)."""
+        (index,) = ctx.saved_tensors
+        return grad_outputs[0].new_zeros(ctx.shape).index_add_(0, index, grad_outputs[0]), None, None
+
+
+class KernelReadout(NTKModule):
+    """Kernel model f(x) = K(x, X) a on the training inputs X, with a = 0 at the start.
+
+    Trained by the Trainer like a network: one SGD step equals, to rounding, the step that a linear model with this
+    kernel takes in weight space on the same batch. With ``EmpiricalNTK(net)`` it is the linearized network.
+
+    The training inputs come from the data module, whose batches carry their positions; the Gram of the training set is
+    computed when the fit starts. The training inputs and coefficients are part of the checkpoint.
+
+    Args:
+        kernel: Maps inputs (n1, ...), (n2, ...) to their Gram (n1, n2); an ``nn.Module`` is moved and saved along.
+        optimizer: Shared by every arm of a comparison.
+        num_outputs: Outputs of the model, which share the kernel.
+
+    Example:
+        >>> from ntk_lightning.kernels import EmpiricalNTK
+        >>> from ntk_lightning.networks import MLP
+        >>> model = KernelReadout(EmpiricalNTK(MLP(width=8, depth=1, in_features=4)))
+    """
+
+    label: ClassVar[str] = "kernel readout"
+
+    coefficients: nn.Parameter
+    train_inputs: Tensor
+
+    def __init__(
+        self,
+        kernel: Callable[..., Tensor],
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        num_outputs: int = 1,
+    ) -> None:
+        super().__init__(optimizer)
+        self.kernel = kernel
+        self.num_outputs = num_outputs
+        self._gram: Tensor | None = None
+        self._cross: dict[str, Tensor] = {}
+        self._allocate(0, (0,))
+
+    def _allocate(self, n: int, sample_shape: tuple[int, ...]) -> None:
+        self.coefficients = nn.Parameter(torch.zeros(n, self.num_outputs, device=self.device))
+        self.register_buffer("train_inputs", torch.zeros(n, *sample_shape, device=self.device))
+
+    def setup(self, stage: str) -> None:
+        """Take the training inputs from the data module.
+
+        Args:
+            stage: Only "fit" needs them.
+
+        Raises:
+            TypeError: The data module is not one of this package's.
+            ValueError: The data module transforms its training images, which then are not in the kernel's span.
+        """
+        if stage != "fit":
+            return
+        train_set = _samples(self.trainer, "train")
+        if getattr(self.trainer.datamodule, "transform", None) is not None:
+            raise ValueError("A kernel model cannot train on transformed images: remove the data module's transform.")
+        if self.coefficients.shape[0] != len(train_set):
+            self._allocate(len(train_set), tuple(train_set.x.shape[1:]))
+        self.train_inputs.copy_(train_set.x)
+
+    def on_fit_start(self) -> None:
+        """Compute the Gram of the training set."""
+        self._cross.clear()
+        with torch.no_grad():
+            self._gram = self.kernel(self._cast(self.train_inputs), progress=True)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make room for the checkpoint's training set."""
+        inputs = checkpoint["state_dict"]["train_inputs"]
+        self._allocate(len(inputs), tuple(inputs.shape[1:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Evaluate K(x, X) a: (n, ...) to (n, num_outputs)."""
+        return self._rows(x) @ self.coefficients
+
+    def predict(self, batch: Batch, split: str) -> Tensor:
+        """Evaluate the model from stored kernel rows (see the base class)."""
+        if split == "train":
+            if not len(batch.index):
+                raise TypeError("A kernel model trains on Batch(x, y, index, size): use this package's data modules.")
+            assert self._gram is not None, "on_fit_start computes the Gram"
+            outputs: Tensor = FunctionalGradient.apply(self.coefficients, self._gram[batch.index], batch.index)
+            return outputs
+        if not len(batch.index):
+            return super().predict(batch, split)
+        if split not in self._cross:
+            self._cross[split] = self._rows(_samples(self.trainer, split).x.to(self.device))
+        return self._cross[split][batch.index] @ self.coefficients
+
+    def _rows(self, x: Tensor) -> Tensor:
+        if not len(self.train_inputs):
+            raise RuntimeError("The kernel model has no training set yet: fit it or load a checkpoint first.")
+        with torch.no_grad():
+            rows: Tensor = self.kernel(self._cast(x), self._cast(self.train_inputs))
+        return rows
+
+    def _cast(self, x: Tensor) -> Tensor:
+        return x.to(self.coefficients.dtype)
+
+
+class InfiniteNTKReadout(KernelReadout):
+    """The infinite-width limit of a network, trained like the network itself.
+
+    Args:
+        net: Gives the architecture only; see :class:`~ntk_lightning.kernels.InfiniteNTK`.
+        optimizer: Shared by every arm of a comparison.
+        num_outputs: Outputs of the model, which share the kernel.
+        kind: "ntk", or "nngp" to train the readout only.
+        backend: See :class:`~ntk_lightning.kernels.InfiniteNTK`.
+
+    Raises:
+        TypeError: The network has a layer without a closed form.
+    """
+
+    label: ClassVar[str] = "infinite NTK"
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        num_outputs: int = 1,
+        kind: Kind = "ntk",
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(InfiniteNTK(net, kind, backend), optimizer, num_outputs)
+
+
+def _samples(trainer: Any, split: str) -> Samples:  # noqa: ANN401 - Lightning's Trainer, loosely typed
+    samples = getattr(getattr(trainer, "datamodule", None), f"{split}_set", None)
+    if not isinstance(samples, Samples):
+        raise TypeError(
+            f"A kernel model needs the whole {split} set: fit it with a data module of ntk_lightning.datamodules "
+            "(TensorData takes your own tensors)."
+        )
+    return samples

@@ -1,0 +1,61 @@
+"""The network's Taylor expansion around its initial weights; at order 1, the empirical NTK as a model."""
+
+from __future__ import annotations
+
+import copy
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+
+from ntk_lightning.modules.base import NTKModule
+from ntk_lightning.optim import OptimizerConfig
+
+__all__ = ["LinearizedNetwork"]
+
+
+class LinearizedNetwork(NTKModule):
+    """Linearized network g1(w, x) = <grad_w f(w0, x), w - w0>: the empirical NTK at initialization, as a model.
+
+    The term f(w0, x) is left out, as in the source paper (arXiv 2206.10012, after Lee et al., 2019, arXiv 1902.06720);
+    ``include_f0`` adds it. What is trained is the displacement w - w0, which starts at 0; w0 is kept, frozen, in the
+    copied network.
+
+    Args:
+        net: Maps inputs (n, ...) to outputs (n, num_outputs); w0 is its current weights, copied. Frozen parameters stay
+            frozen.
+        optimizer: Shared by every arm of a comparison.
+        include_f0: Add f(w0, x): the true linearization of f.
+
+    Raises:
+        ValueError: The network has no trainable parameter.
+
+    Example:
+        >>> from ntk_lightning.networks import MLP
+        >>> LinearizedNetwork(MLP(width=8, depth=1, in_features=4))(torch.ones(2, 4)).tolist()
+        [[0.0], [0.0]]
+    """
+
+    label: ClassVar[str] = "linearized network"
+
+    def __init__(
+        self, net: nn.Module, optimizer: OptimizerConfig = OptimizerConfig(), include_f0: bool = False
+    ) -> None:
+        super().__init__(optimizer)
+        self.include_f0 = include_f0
+        self._names = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
+        if not self._names:
+            raise ValueError("The network has no trainable parameter to linearize in.")
+        self.net = copy.deepcopy(net).requires_grad_(False)
+        w0 = dict(self.net.named_parameters())
+        self.displacement = nn.ParameterList([torch.zeros_like(w0[name]) for name in self._names])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Evaluate the expansion by one forward-mode derivative: (n, ...) to (n, num_outputs)."""
+        parameters = dict(self.net.named_parameters())
+        w0 = {name: parameters[name] for name in self._names}
+        tangent = dict(zip(self._names, self.displacement, strict=True))
+        f0, g1 = jvp(lambda w: functional_call(self.net, w, (x,)), (w0,), (tangent,))
+        outputs: Tensor = f0 + g1 if self.include_f0 else g1
+        return outputs
