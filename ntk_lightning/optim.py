@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.linalg import eigh_tridiagonal
 from torch import Tensor, nn
 
-__all__ = ["OptimizerConfig"]
+__all__ = ["OptimizerConfig", "critical_learning_rate"]
 
 
 @dataclass(frozen=True)
@@ -119,3 +120,84 @@ class OptimizerConfig:
                 yield batch
                 remaining -= 1
             epoch += 1
+
+
+def critical_learning_rate(
+    kernel: Tensor | Callable[[Tensor], Tensor],
+    n: int | None = None,
+    momentum: float = 0.0,
+    *,
+    tolerance: float = 1e-6,
+    max_products: int = 300,
+    seed: int = 0,
+) -> float:
+    """Find the learning rate above which full-batch gradient descent on a kernel model diverges.
+
+    (1 + mu) n / lambda_max(K): with f <- f - lr v and v <- mu v + (2 / n) K (f - y), an eigenvalue lambda is stable
+    while 2 lr lambda / n < 2 (1 + mu). Polyak (1964), "Some methods of speeding up the convergence of iteration
+    methods". lambda_max comes from the Lanczos iteration with full reorthogonalization (Golub and Van Loan, "Matrix
+    Computations", section 10.1), which approaches it from below. Mini-batches can diverge at lower rates. A loss that
+    is also averaged over C outputs multiplies the critical rate by C.
+
+    Args:
+        kernel: Gram of the training set (n, n), symmetric positive semidefinite, or a function that multiplies it by a
+            vector (n,).
+        n: Size of the training set; needed with a function.
+        momentum: PyTorch's heavy-ball momentum mu.
+        tolerance: Relative bound on the error of lambda_max at which Lanczos stops.
+        max_products: Products with the kernel at most.
+        seed: Seed of the start vector.
+
+    Returns:
+        The critical learning rate, infinite for the zero kernel.
+
+    Raises:
+        ValueError: An argument is out of range, ``n`` is missing, or the products are not finite.
+        RuntimeError: Lanczos did not reach the tolerance.
+
+    Example:
+        >>> round(critical_learning_rate(torch.diag(torch.tensor([4.0, 1.0])), momentum=0.5), 6)
+        0.75
+    """
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {momentum}.")
+    multiply: Callable[[Tensor], Tensor]
+    if isinstance(kernel, Tensor):
+        matrix = kernel.detach()
+        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or n not in (None, len(matrix)):
+            raise ValueError(f"kernel must be a square Gram (n, n) of n={n} samples, got {tuple(matrix.shape)}.")
+        n, device, multiply = len(matrix), matrix.device, lambda vector: matrix @ vector.to(matrix.dtype)
+    else:
+        multiply, device = kernel, torch.device("cpu")
+    if n is None or n < 1:
+        raise ValueError("Pass n, the size of the training set, with a function that multiplies by the kernel.")
+    largest = _largest_eigenvalue(multiply, n, tolerance, max_products, seed, device)
+    return (1 + momentum) * n / largest if largest > 0 else float("inf")
+
+
+def _largest_eigenvalue(
+    multiply: Callable[[Tensor], Tensor], n: int, tolerance: float, max_products: int, seed: int, device: torch.device
+) -> float:
+    """Largest eigenvalue of a symmetric matrix from its products with vectors."""
+    vector = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device)
+    basis = [vector / vector.norm()]
+    diagonal: list[float] = []
+    below: list[float] = []
+    for _ in range(min(n, max_products)):
+        product = multiply(basis[-1]).to(device, torch.float64)
+        diagonal.append(float(basis[-1] @ product))
+        vectors = torch.stack(basis)
+        for _ in range(2):  # once is not orthogonal to rounding
+            product = product - vectors.T @ (vectors @ product)
+        below.append(float(product.norm()))
+        if not np.isfinite([diagonal[-1], below[-1]]).all():
+            raise ValueError("Products with the kernel are not finite: check it for NaN and infinite entries.")
+        values, ritz = eigh_tridiagonal(diagonal, below[:-1])
+        scale = max(abs(values))
+        if below[-1] * abs(ritz[-1, -1]) <= tolerance * scale or len(basis) == n:
+            return float(values[-1])
+        basis.append(product / below[-1])
+    raise RuntimeError(
+        f"Lanczos has not found the largest eigenvalue to {tolerance:g} in {max_products} products: raise max_products "
+        "or tolerance."
+    )

@@ -1,0 +1,196 @@
+"""What a kernel fit takes and gives: checked problems, prediction errors, and `KernelFit`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["KernelFit", "check_evaluation_set", "check_kernel", "check_targets", "error_and_loss"]
+
+
+@dataclass(frozen=True)
+class KernelFit:
+    """A kernel model f(x) = sum_i K(x, x_i) a_i fitted by gradient steps, and its error curves.
+
+    The optimal early stopping of the source paper picks the step by the test error itself: it is an oracle, so the last
+    error and the error at the best validation step stand beside it.
+
+    Args:
+        coefficients: The last coefficients a, (n,) or (n, C), float64.
+        steps: Optimizer steps, or times, of the evaluations, (k,), increasing.
+        test_errors: Fraction of the test set that is wrong at these steps, (k,), or None without a test set.
+        test_losses: Mean squared error on the test set, (k,).
+        val_errors: The same on the validation set.
+        val_losses: The same on the validation set.
+        train_errors: The same on the training set.
+        train_losses: The same on the training set.
+        diverged: Whether a coefficient or a prediction became infinite or NaN; errors from there on are 1.
+    """
+
+    coefficients: Tensor
+    steps: Tensor
+    test_errors: Tensor | None = None
+    test_losses: Tensor | None = None
+    val_errors: Tensor | None = None
+    val_losses: Tensor | None = None
+    train_errors: Tensor | None = None
+    train_losses: Tensor | None = None
+    diverged: bool = False
+
+    @property
+    def optimal_error(self) -> float:
+        """The least test error of all evaluations: optimal early stopping."""
+        return float(self._curve("test").min())
+
+    @property
+    def optimal_step(self) -> int | float:
+        """The first step with the least test error."""
+        return self.steps[self._curve("test").argmin()].item()
+
+    @property
+    def last_error(self) -> float:
+        """The test error of the last evaluation."""
+        return float(self._curve("test")[-1])
+
+    @property
+    def validated_error(self) -> float:
+        """The test error at the first step with the least validation error."""
+        return float(self._curve("test")[self._curve("val").argmin()])
+
+    def predict(self, kernel_rows: Tensor) -> Tensor:
+        """Predict with the last coefficients.
+
+        Args:
+            kernel_rows: Kernel between new points and the training set, (m, n).
+
+        Returns:
+            f at the new points, (m,) or (m, C), in the dtype of ``kernel_rows``.
+        """
+        return kernel_rows @ self.coefficients.to(kernel_rows)
+
+    def _curve(self, name: str) -> Tensor:
+        errors: Tensor | None = getattr(self, f"{name}_errors")
+        if errors is None or not len(errors):
+            raise ValueError(
+                f"This fit has no {name} errors: pass {name}_kernel and {name}_targets, and evaluate once."
+            )
+        return errors
+
+
+def check_kernel(kernel: Tensor) -> None:
+    """Check a training Gram.
+
+    Args:
+        kernel: The kernel of the training set with itself, (n, n).
+
+    Raises:
+        TypeError: It is not a floating-point tensor.
+        ValueError: It is not square, not finite or not symmetric.
+    """
+    _check_matrix("kernel", kernel)
+    n, columns = kernel.shape
+    if n != columns:
+        raise ValueError(f"kernel must be square, (n, n), got {tuple(kernel.shape)}.")
+    probe = slice(0, n, max(1, n // 64))
+    asymmetry = float((kernel[probe] - kernel[:, probe].T).abs().max() / kernel[probe].abs().max().clamp_min(1e-300))
+    if asymmetry > 1e-3:
+        raise ValueError(
+            f"kernel is not symmetric (relative difference {asymmetry:.1e}): pass the Gram of the training set with "
+            "itself, or (kernel + kernel.T) / 2."
+        )
+
+
+def check_targets(name: str, targets: Tensor, count: int) -> None:
+    """Check labels before a fit.
+
+    Args:
+        name: What to call them in a message.
+        targets: (count,) or (count, 1) in {-1, +1}, or (count, C) real or one-hot.
+        count: The number of samples that the kernel has.
+
+    Raises:
+        ValueError: Their number is wrong, an entry is not finite, or a single column is not of -1 and +1.
+    """
+    if targets.dim() not in (1, 2) or len(targets) != count:
+        raise ValueError(f"{name} must be ({count},) or ({count}, C) to fit the kernel, got {tuple(targets.shape)}.")
+    if not torch.isfinite(targets).all():
+        raise ValueError(f"{name} has a NaN or infinite entry: clean the data.")
+    if (targets.dim() == 1 or targets.shape[1] == 1) and not (targets.abs() == 1).all():
+        raise ValueError(
+            f"{name} must be -1 or +1, got {targets.unique()[:4].tolist()}: map 0/1 labels by 2 * y - 1; pass class "
+            "numbers as one_hot(y), (n, C)."
+        )
+
+
+def check_evaluation_set(
+    name: str, kernel: Tensor | None, targets: Tensor | None, train_kernel: Tensor, train_targets: Tensor
+) -> None:
+    """Check a test or validation set against the training set.
+
+    Args:
+        name: "test" or "val", for messages.
+        kernel: Kernel between its points and the training set, (m, n), or None with ``targets`` None.
+        targets: Its labels, (m,) or (m, C).
+        train_kernel: The training Gram, (n, n).
+        train_targets: The training labels.
+
+    Raises:
+        TypeError: The kernel is not a floating-point tensor.
+        ValueError: One of the two is missing, or shapes, dtypes, devices or labels do not agree.
+    """
+    if kernel is None and targets is None:
+        return
+    if kernel is None or targets is None:
+        raise ValueError(f"Pass {name}_kernel and {name}_targets together.")
+    _check_matrix(f"{name}_kernel", kernel)
+    if kernel.shape[1] != len(train_kernel):
+        hint = ": transpose it" if kernel.shape[0] == len(train_kernel) else ""
+        raise ValueError(
+            f"{name}_kernel must be (m, {len(train_kernel)}), new points by training points, got "
+            f"{tuple(kernel.shape)}{hint}."
+        )
+    for what in ("dtype", "device"):
+        if getattr(kernel, what) != getattr(train_kernel, what):
+            raise ValueError(
+                f"kernel and {name}_kernel differ in {what}: {getattr(train_kernel, what)}, {getattr(kernel, what)}."
+            )
+    check_targets(f"{name}_targets", targets, len(kernel))
+    if targets.shape[1:] != train_targets.shape[1:]:
+        raise ValueError(
+            f"targets and {name}_targets must have the same number of outputs, got {tuple(train_targets.shape)} and "
+            f"{tuple(targets.shape)}."
+        )
+
+
+def error_and_loss(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute classification error and mean squared error.
+
+    One output: sign(f) != y is an error, and so is f = 0. More: argmax f != argmax y. A set with a NaN or infinite
+    prediction has error 1: its model has diverged.
+
+    Args:
+        predictions: f, (..., m, C).
+        targets: y, (..., m, C).
+
+    Returns:
+        The fraction of errors and the mean over samples and outputs of (f - y)^2, both (...,).
+    """
+    if predictions.shape[-1] == 1:
+        wrong = ~(predictions * targets > 0)[..., 0]
+    else:
+        wrong = predictions.argmax(-1) != targets.argmax(-1)
+    finite = torch.isfinite(predictions).all(-1).all(-1)
+    errors = torch.where(finite, wrong.double().mean(-1), 1.0)
+    losses = torch.where(finite, (predictions - targets).square().mean((-1, -2)), torch.inf)
+    return errors, losses
+
+
+def _check_matrix(name: str, matrix: Tensor) -> None:
+    if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {getattr(matrix, 'dtype', type(matrix))}.")
+    if matrix.dim() != 2 or 0 in matrix.shape:
+        raise ValueError(f"{name} must be a non-empty matrix, got shape {tuple(matrix.shape)}.")
+    if not torch.isfinite(matrix.sum()) and not torch.isfinite(matrix).all():
+        raise ValueError(f"{name} has a NaN or infinite entry: recompute it, in float64 if it overflowed.")

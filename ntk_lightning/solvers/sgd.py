@@ -1,0 +1,271 @@
+"""Mini-batch SGD with momentum on a kernel model, step for step what the linearized network does."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from ntk_lightning.optim import OptimizerConfig, critical_learning_rate
+from ntk_lightning.progress import progress_bar
+from ntk_lightning.solvers.result import (
+    KernelFit,
+    check_evaluation_set,
+    check_kernel,
+    check_targets,
+    error_and_loss,
+)
+from ntk_lightning.solvers.steps import advance, product
+
+__all__ = ["kernel_sgd", "kernel_sgd_grid"]
+
+_Sets = Mapping[str, tuple[Tensor, Tensor]]  # name: kernel (m, n), label vectors (r, m) or (r, m, C)
+
+_MAX_INDICES = 2**20  # of a batch order held at once
+
+
+def kernel_sgd(
+    kernel: Tensor,
+    targets: Tensor,
+    optimizer: OptimizerConfig,
+    *,
+    test_kernel: Tensor | None = None,
+    test_targets: Tensor | None = None,
+    val_kernel: Tensor | None = None,
+    val_targets: Tensor | None = None,
+    eval_every: int | Sequence[int] | None = None,
+    evaluate_train: bool = False,
+    initial_coefficients: Tensor | None = None,
+    progress: bool = False,
+) -> KernelFit:
+    """Fit a kernel model by the mini-batch SGD that its network would run.
+
+    f = K(., X) a with a_0 = 0. A step on batch b of size B with C outputs: g_b = 2 / (B C) (f(x_b) - y_b), 0 elsewhere;
+    v <- mu v + g; a <- a - lr v. This is SGD on the weights of g1 (the linearized network without f0) for the loss
+    mean (f - y)^2 and the same batches, seen through K: the functional gradient, not the gradient in a.
+    Jacot et al. (2018, arXiv 1806.07572).
+
+    Args:
+        kernel: Gram of the training set, (n, n). Its dtype is the precision of the products; coefficients and momentum
+            are float64.
+        targets: Labels (n,) in {-1, +1}, or (n, C) real or one-hot.
+        optimizer: Learning rate, momentum, and the batches of every step.
+        test_kernel: Kernel between test and training points, (m, n).
+        test_targets: Test labels, (m,) or (m, C).
+        val_kernel: Kernel between validation and training points, (k, n).
+        val_targets: Validation labels, (k,) or (k, C).
+        eval_every: Evaluate every so many steps and after the last, or after exactly these step counts (0 is before the
+            first step). By default at the end of every epoch.
+        evaluate_train: Evaluate the training set too, which reads the Gram once more each time.
+        initial_coefficients: a_0, (n,) or (n, C); zero by default.
+        progress: Show a progress bar.
+
+    Returns:
+        The coefficients and the error curves. A run that diverges ends early, with a warning and errors of 1.
+
+    Raises:
+        TypeError: A kernel is not a floating-point tensor.
+        ValueError: Shapes, labels, steps or values are not usable.
+
+    Example:
+        >>> fit = kernel_sgd(torch.eye(2), torch.tensor([1.0, -1.0]), OptimizerConfig(lr=0.5, momentum=0, epochs=1))
+        >>> fit.coefficients
+        tensor([ 0.5000, -0.5000], dtype=torch.float64)
+    """
+    if initial_coefficients is not None and initial_coefficients.shape != targets.shape:
+        raise ValueError(
+            f"initial_coefficients must have the shape of targets, {tuple(targets.shape)}, got "
+            f"{tuple(initial_coefficients.shape)}."
+        )
+    sets = {"test": (test_kernel, test_targets), "val": (val_kernel, val_targets)}
+    given = _checked(kernel, targets[None], sets, lambda labels: labels[None])
+    with progress_bar("kernel SGD", optimizer.total_steps(len(kernel)), "steps", enabled=progress) as report:
+        start = None if initial_coefficients is None else initial_coefficients[None]
+        return _fit_together(kernel, targets[None], given, [optimizer], eval_every, evaluate_train, report, start)[0]
+
+
+def kernel_sgd_grid(
+    kernel: Tensor,
+    targets: Tensor,
+    optimizers: Sequence[OptimizerConfig],
+    *,
+    sizes: Sequence[int] | None = None,
+    test_kernel: Tensor | None = None,
+    test_targets: Tensor | None = None,
+    val_kernel: Tensor | None = None,
+    val_targets: Tensor | None = None,
+    eval_every: int | Sequence[int] | None = None,
+    evaluate_train: bool = False,
+    progress: bool = False,
+) -> dict[tuple[int, OptimizerConfig, int], KernelFit]:
+    """Run `kernel_sgd` for all combinations of training size, optimizer and label vector.
+
+    Runs that see the same batches (they may differ in labels, learning rate and momentum) advance together, and each
+    row of the Gram is read once for all of them. Other seeds and sizes need other rows at every step: they follow one
+    another, on views of the one Gram.
+
+    Args:
+        kernel: Gram of the largest training set, (n, n).
+        targets: Label vectors (n,), (r, n) or (r, n, C), as in `kernel_sgd`.
+        optimizers: Learning rates, momenta, batch sizes, seeds, ...
+        sizes: Nested training sets: the first ``size`` samples of the Gram. Only n by default.
+        test_kernel: Kernel between test and training points, (m, n).
+        test_targets: Test labels (m,), (r, m) or (r, m, C).
+        val_kernel: Kernel between validation and training points, (k, n).
+        val_targets: Validation labels (k,), (r, k) or (r, k, C).
+        eval_every: As in `kernel_sgd`.
+        evaluate_train: As in `kernel_sgd`.
+        progress: Show a progress bar.
+
+    Returns:
+        The fit of each (size, optimizer, index of the label vector).
+
+    Raises:
+        TypeError: A kernel is not a floating-point tensor.
+        ValueError: Shapes, labels, steps, sizes or values are not usable.
+
+    Example:
+        >>> rates = [OptimizerConfig(lr=lr, momentum=0, epochs=1) for lr in (0.25, 0.5)]
+        >>> fits = kernel_sgd_grid(torch.eye(2), torch.tensor([1.0, -1.0]), rates)
+        >>> fits[2, rates[0], 0].coefficients
+        tensor([ 0.2500, -0.2500], dtype=torch.float64)
+    """
+    targets = torch.atleast_2d(targets)
+    sets = {"test": (test_kernel, test_targets), "val": (val_kernel, val_targets)}
+    given = _checked(kernel, targets, sets, torch.atleast_2d)
+    sizes = [len(kernel)] if sizes is None else sizes
+    if not optimizers or not sizes or not all(1 <= size <= len(kernel) for size in sizes):
+        raise ValueError(f"Give at least one optimizer and sizes between 1 and {len(kernel)}, got {sizes=}.")
+    groups: dict[tuple[int, OptimizerConfig], list[OptimizerConfig]] = {}
+    for size in dict.fromkeys(sizes):
+        for optimizer in dict.fromkeys(optimizers):
+            groups.setdefault((size, replace(optimizer, lr=1.0, momentum=0.0)), []).append(optimizer)
+    fits: dict[tuple[int, OptimizerConfig, int], KernelFit] = {}
+    total = sum(order.total_steps(size) for size, order in groups)
+    with progress_bar("kernel SGD", total, "steps", enabled=progress) as report:
+        for (size, _), members in groups.items():
+            nested = kernel[:size, :size], targets[:, :size], {name: (k[:, :size], y) for name, (k, y) in given.items()}
+            results = _fit_together(*nested, members, eval_every, evaluate_train, report)
+            keys = [(size, optimizer, label) for optimizer in members for label in range(len(targets))]
+            fits.update(zip(keys, results, strict=True))
+    return fits
+
+
+def _checked(
+    kernel: Tensor,
+    targets: Tensor,
+    sets: Mapping[str, tuple[Tensor | None, Tensor | None]],
+    lead: Callable[[Tensor], Tensor],
+) -> _Sets:
+    """Check the Gram, the label vectors and the evaluation sets; keep the sets that are given."""
+    check_kernel(kernel)
+    for vector in targets:
+        check_targets("targets", vector, len(kernel))
+    given = {}
+    for name, (rows, vectors) in sets.items():
+        labels = None if vectors is None else lead(vectors)
+        if labels is not None and len(labels) != len(targets):
+            raise ValueError(f"{name}_targets must hold {len(targets)} label vectors as targets, got {len(labels)}.")
+        for vector in [None] if labels is None else labels:
+            check_evaluation_set(name, rows, vector, kernel, targets[0])
+        if rows is not None and labels is not None:
+            given[name] = rows, labels
+    return given
+
+
+def _fit_together(
+    kernel: Tensor,
+    targets: Tensor,
+    sets: _Sets,
+    optimizers: Sequence[OptimizerConfig],
+    eval_every: int | Sequence[int] | None,
+    evaluate_train: bool,
+    report: Callable[[float], None],
+    initial: Tensor | None = None,
+) -> list[KernelFit]:
+    """Fit every pair of an optimizer and a label vector on one order of batches; every output is a row of the state."""
+    order, n, shape = optimizers[0], len(kernel), targets.shape[2:]
+    outputs, kernel = math.prod(shape), kernel.detach()
+    sets = {**sets, "train": (kernel, targets)} if evaluate_train else sets
+    _warn_above_critical(kernel, optimizers, outputs)
+    total = order.total_steps(n)
+    steps = _evaluation_steps(eval_every, order.steps_per_epoch(n), total)
+
+    def rows(labels: Tensor) -> Tensor:
+        """(r, m) or (r, m, C) to (pairs, C, m)."""
+        labels = labels.detach().to(kernel.device, torch.float64).reshape(*labels.shape[:2], outputs)
+        return labels.mT.repeat(len(optimizers), 1, 1)
+
+    pairs = [optimizer for optimizer in optimizers for _ in targets]
+    rates = torch.tensor([(o.lr, o.momentum) for o in pairs], dtype=torch.float64, device=kernel.device)
+    rates = rates.repeat_interleave(outputs, 0)
+    labels = rows(targets).flatten(0, 1)
+    coefficients = torch.zeros_like(labels) if initial is None else rows(initial).flatten(0, 1)
+    velocity = torch.zeros_like(labels)
+    truths = {name: rows(y) for name, (_, y) in sets.items()}
+    curves: dict[str, Tensor] = {name: torch.ones(2, len(pairs), len(steps), dtype=torch.float64) for name in sets}
+    for curve in curves.values():
+        curve[1] = torch.inf
+
+    batches, done = order.schedule(n), 0
+    finite = torch.ones(len(pairs), dtype=torch.bool)
+    for stop in sorted({*steps, total}):
+        while done < stop and finite.any():
+            chunk = list(islice(batches, min(stop - done, max(1, _MAX_INDICES // n))))
+            advance(kernel, labels, chunk, coefficients, velocity, rates, outputs)
+            done += len(chunk)
+            report(len(chunk))
+        finite = torch.isfinite(coefficients).view(len(pairs), -1).all(1)
+        if not finite.any():
+            break
+        for name in sets if stop in steps else ():
+            predictions = product(sets[name][0].detach(), coefficients).double().view_as(truths[name])
+            curves[name][..., steps.index(stop)] = torch.stack(error_and_loss(predictions.mT, truths[name].mT))
+    if not finite.all():
+        warnings.warn(
+            f"{int((~finite).sum())} of {len(pairs)} kernel fits of {n} samples diverged (by step {done} of {total}); "
+            "errors from there on are 1: lower the learning rate.",
+            stacklevel=3,
+        )
+    final = coefficients.view(len(pairs), outputs, n).mT
+    return [
+        KernelFit(
+            coefficients=final[pair].reshape(n, *shape).clone(),
+            steps=torch.tensor(steps),
+            diverged=not bool(finite[pair]),
+            **{f"{name}_errors": curve[0, pair].clone() for name, curve in curves.items()},
+            **{f"{name}_losses": curve[1, pair].clone() for name, curve in curves.items()},
+        )
+        for pair in range(len(pairs))
+    ]
+
+
+def _evaluation_steps(eval_every: int | Sequence[int] | None, steps_per_epoch: int, total: int) -> list[int]:
+    if eval_every is None:
+        eval_every = steps_per_epoch
+    if isinstance(eval_every, int):
+        if eval_every < 1:
+            raise ValueError(f"eval_every must be at least 1 step, got {eval_every}.")
+        return sorted({*range(eval_every, total + 1, eval_every), total})
+    steps = sorted(set(eval_every))
+    if not steps or steps[0] < 0 or steps[-1] > total:
+        raise ValueError(f"eval_every must be step counts from 0 to {total}, the length of the run; got {eval_every}.")
+    return steps
+
+
+def _warn_above_critical(kernel: Tensor, optimizers: Sequence[OptimizerConfig], outputs: int) -> None:
+    """Warn about the learning rate that is the farthest above the one at which full-batch descent diverges."""
+    critical = outputs * critical_learning_rate(kernel, tolerance=1e-2)
+    worst = max(optimizers, key=lambda o: o.lr / (1 + o.momentum))
+    ratio = worst.lr / (1 + worst.momentum) / critical
+    if ratio > 1:
+        warnings.warn(
+            f"lr={worst.lr:g} is {ratio:.3g} times the critical learning rate {worst.lr / ratio:.3g} of this kernel "
+            f"({len(kernel)} samples, momentum {worst.momentum:g}): expect divergence.",
+            stacklevel=4,
+        )

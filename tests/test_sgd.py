@@ -1,0 +1,299 @@
+"""Kernel SGD against explicit loops: over coefficients, and over the weights of a linear model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from ntk_lightning.optim import OptimizerConfig, critical_learning_rate
+from ntk_lightning.solvers import KernelFit, kernel_sgd, kernel_sgd_grid, steps
+
+N, M, FEATURES = 53, 21, 12
+
+
+@pytest.fixture
+def features() -> Tensor:
+    """Features of N training and M test points, float64."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(N + M, FEATURES, generator=generator, dtype=torch.float64) / FEATURES**0.5
+
+
+@pytest.fixture
+def labels() -> Tensor:
+    return torch.randn(3, N + M, generator=torch.Generator().manual_seed(1), dtype=torch.float64).sign()
+
+
+def weight_space(features: Tensor, targets: Tensor, optimizer: OptimizerConfig) -> list[Tensor]:
+    """Predictions on all points after every step of torch.optim.SGD on a linear model's weights."""
+    weight = torch.nn.Parameter(torch.zeros(features.shape[1], *targets.shape[1:], dtype=torch.float64))
+    sgd = optimizer.configure([weight])
+    predictions = [features @ weight.detach()]
+    for batch in optimizer.schedule(N):
+        sgd.zero_grad()
+        torch.nn.functional.mse_loss(features[batch] @ weight, targets[batch]).backward()
+        sgd.step()
+        predictions.append(features @ weight.detach())
+    return predictions
+
+
+def split(features: Tensor) -> tuple[Tensor, Tensor]:
+    return features[:N] @ features[:N].T, features[N:] @ features[:N].T
+
+
+@pytest.mark.parametrize("outputs", [0, 1, 3])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        OptimizerConfig(lr=0.2, momentum=0.9, batch_size=10, epochs=4, seed=0),  # ragged: 53 = 5 * 10 + 3
+        OptimizerConfig(lr=0.2, momentum=0.9, batch_size=10, steps=17, seed=1),
+        OptimizerConfig(lr=0.5, momentum=0.0, batch_size=7, epochs=2),
+        OptimizerConfig(lr=0.3, momentum=0.5, full_batch=True, steps=9),
+    ],
+)
+def test_equals_sgd_on_the_weights(features: Tensor, labels: Tensor, optimizer: OptimizerConfig, outputs: int) -> None:
+    targets = labels[0] if outputs == 0 else labels[:outputs].T
+    kernel, test_kernel = split(features)
+    expected = weight_space(features, targets[:N], optimizer)
+    every = list(range(len(expected)))
+    fit = kernel_sgd(
+        kernel,
+        targets[:N],
+        optimizer,
+        test_kernel=test_kernel,
+        test_targets=targets[N:],
+        eval_every=every,
+        evaluate_train=True,
+    )
+    assert fit.coefficients.shape == targets[:N].shape
+    torch.testing.assert_close(fit.predict(test_kernel), expected[-1][N:], rtol=0, atol=1e-12)
+    assert fit.steps.tolist() == every
+    for part, errors, losses in (
+        (slice(N, None), fit.test_errors, fit.test_losses),
+        (slice(N), fit.train_errors, fit.train_losses),
+    ):
+        loss = torch.stack([(f[part] - targets[part]).square().mean() for f in expected])
+        if outputs > 1:
+            error = torch.stack([(f[part].argmax(1) != targets[part].argmax(1)).double().mean() for f in expected])
+        else:
+            error = torch.stack([(f[part].sign() != targets[part]).double().mean() for f in expected])
+        assert errors is not None
+        assert losses is not None
+        torch.testing.assert_close(losses, loss, rtol=0, atol=1e-12)
+        assert torch.equal(errors, error)
+
+
+def test_starts_from_initial_coefficients(features: Tensor, labels: Tensor) -> None:
+    kernel, _ = split(features)
+    whole = OptimizerConfig(lr=0.4, momentum=0.0, full_batch=True, steps=8)
+    first = kernel_sgd(kernel, labels[0, :N], replace(whole, steps=5))
+    second = kernel_sgd(kernel, labels[0, :N], replace(whole, steps=3), initial_coefficients=first.coefficients)
+    expected = kernel_sgd(kernel, labels[0, :N], whole).coefficients
+    torch.testing.assert_close(second.coefficients, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [6, 12, 18]),
+        ({"eval_every": 5}, [5, 10, 15, 18]),
+        ({"eval_every": 100}, [18]),
+        ({"eval_every": [7, 0, 3]}, [0, 3, 7]),
+    ],
+)
+def test_evaluation_steps(features: Tensor, labels: Tensor, options: dict[str, object], expected: list[int]) -> None:
+    kernel, test_kernel = split(features)
+    sets = {"test_kernel": test_kernel, "test_targets": labels[0, N:]}
+    config = OptimizerConfig(batch_size=10, epochs=3)
+    fit = kernel_sgd(kernel, labels[0, :N], config, **sets, **options)
+    assert fit.steps.tolist() == expected
+    assert fit.test_errors is not None
+    assert len(fit.test_errors) == len(expected)
+    full = kernel_sgd(kernel, labels[0, :N], config, **sets)
+    assert torch.equal(fit.coefficients, full.coefficients)
+
+
+def test_grid_equals_single_runs(features: Tensor, labels: Tensor) -> None:
+    kernel, test_kernel = split(features)
+    optimizers = [
+        OptimizerConfig(lr=0.1, batch_size=10, epochs=3),
+        OptimizerConfig(lr=0.3, momentum=0.5, batch_size=10, epochs=3),
+        OptimizerConfig(lr=0.1, batch_size=10, epochs=3, seed=1),
+        OptimizerConfig(lr=0.1, full_batch=True, epochs=3),
+    ]
+    validation = {"val_kernel": kernel[:9]}
+    fits = kernel_sgd_grid(
+        kernel,
+        labels[:, :N],
+        optimizers,
+        sizes=[20, N],
+        test_kernel=test_kernel,
+        test_targets=labels[:, N:],
+        **validation,
+        val_targets=labels[:, :9],
+    )
+    assert list(fits) == [(size, optimizer, i) for size in (20, N) for optimizer in optimizers for i in range(3)]
+    for (size, optimizer, i), fit in fits.items():
+        single = kernel_sgd(
+            kernel[:size, :size].clone(),
+            labels[i, :size],
+            optimizer,
+            test_kernel=test_kernel[:, :size].clone(),
+            test_targets=labels[i, N:],
+            val_kernel=kernel[:9, :size],
+            val_targets=labels[i, :9],
+        )
+        torch.testing.assert_close(fit.coefficients, single.coefficients, rtol=0, atol=1e-13)
+        for name in ("test_losses", "val_losses", "test_errors"):
+            torch.testing.assert_close(getattr(fit, name), getattr(single, name), rtol=0, atol=1e-12)
+
+
+def test_grid_of_one_hot_targets(features: Tensor, labels: Tensor) -> None:
+    kernel, test_kernel = split(features)
+    one_hot = torch.nn.functional.one_hot((labels > 0).sum(0), 4).double()
+    several = torch.stack((one_hot, one_hot.flip(1)))
+    optimizer = OptimizerConfig(lr=1.0, batch_size=10, epochs=2)
+    fits = kernel_sgd_grid(kernel, several[:, :N], [optimizer], test_kernel=test_kernel, test_targets=several[:, N:])
+    for i in range(2):
+        sets = {"test_kernel": test_kernel, "test_targets": several[i, N:]}
+        single = kernel_sgd(kernel, several[i, :N], optimizer, **sets)
+        torch.testing.assert_close(fits[N, optimizer, i].coefficients, single.coefficients, rtol=0, atol=1e-13)
+        assert fits[N, optimizer, i].last_error == single.last_error
+
+
+def test_gathered_steps_equal_compiled_ones(features: Tensor, labels: Tensor) -> None:
+    kernel, _ = split(features)
+    batches = list(OptimizerConfig(batch_size=10, epochs=3).schedule(N))
+    rates = torch.tensor([[0.1, 0.9], [0.2, 0.0], [0.3, 0.5]], dtype=torch.float64)
+    states = []
+    for step in (steps.advance, steps._advance_torch):
+        state = torch.zeros(2, 3, N, dtype=torch.float64)
+        step(kernel, labels[:, :N].clone(), batches, *state, rates, 2)
+        states.append(state)
+    assert states[0].abs().max() > 0.1
+    torch.testing.assert_close(*states, rtol=0, atol=1e-13)
+
+
+def test_float32_kernel_stays_close_to_float64(features: Tensor, labels: Tensor) -> None:
+    kernel, test_kernel = split(features)
+    config = OptimizerConfig(lr=0.2, batch_size=10, epochs=20)
+    exact = kernel_sgd(kernel, labels[0, :N], config).predict(test_kernel)
+    single = kernel_sgd(kernel.float(), labels[0, :N].float(), config).predict(test_kernel)
+    assert (exact - single).abs().max() < 1e-5 * exact.abs().max()
+
+
+def test_views_are_read_where_they_lie(features: Tensor, labels: Tensor) -> None:
+    kernel, _ = split(features)
+    config = OptimizerConfig(lr=0.2, batch_size=6, epochs=2)
+    expected = kernel_sgd(kernel[10:40, 10:40].clone(), labels[0, :30], config).coefficients
+    padded = torch.full((80, 90), torch.nan, dtype=torch.float64)
+    padded[20:50, 30:60] = kernel[10:40, 10:40]
+    for view in (kernel[10:40, 10:40], kernel[10:40, 10:40].T, padded[20:50, 30:60]):
+        assert torch.equal(kernel_sgd(view, labels[0, :30], config).coefficients, expected)
+
+
+def test_summaries_of_the_error_curve() -> None:
+    curve = [0.5, 0.2, 0.1, 0.1, 0.3]
+    fit = KernelFit(
+        coefficients=torch.zeros(2),
+        steps=torch.tensor([0, 10, 20, 30, 40]),
+        test_errors=torch.tensor(curve, dtype=torch.float64),
+        val_errors=torch.tensor([0.5, 0.3, 0.4, 0.4, 0.4]),
+    )
+    assert (fit.optimal_error, fit.optimal_step, fit.last_error, fit.validated_error) == (0.1, 20, 0.3, 0.2)
+    with pytest.raises(ValueError, match="test_kernel"):
+        _ = KernelFit(torch.zeros(2), torch.tensor([1])).optimal_error
+
+
+def test_zero_and_nan_are_errors(features: Tensor, labels: Tensor) -> None:
+    kernel, test_kernel = split(features)
+    sets = {"test_kernel": test_kernel, "test_targets": labels[0, N:]}
+    fit = kernel_sgd(kernel, labels[0, :N], OptimizerConfig(epochs=1), **sets, eval_every=[0])
+    assert fit.last_error == 1.0
+    with pytest.warns(UserWarning, match="lr=|learning rate") as caught:
+        fit = kernel_sgd(kernel, labels[0, :N], OptimizerConfig(lr=1e6, epochs=1000, batch_size=10), **sets)
+    assert [("critical" in str(w.message), "diverged" in str(w.message)) for w in caught] == [
+        (True, False),
+        (False, True),
+    ]
+    assert fit.diverged
+    assert fit.last_error == 1.0
+    assert fit.test_losses is not None
+    assert fit.test_losses[-1] == torch.inf
+    assert len(fit.steps) == 1000
+
+
+def test_one_diverging_run_leaves_the_others_alone(features: Tensor, labels: Tensor) -> None:
+    kernel, _ = split(features)
+    good, bad = OptimizerConfig(lr=0.1, epochs=500, batch_size=10), OptimizerConfig(lr=1e6, epochs=500, batch_size=10)
+    with pytest.warns(UserWarning, match="critical"), pytest.warns(UserWarning, match="1 of 2 kernel fits"):
+        fits = kernel_sgd_grid(kernel, labels[0, :N], [good, bad])
+    assert fits[N, bad, 0].diverged
+    assert torch.equal(fits[N, good, 0].coefficients, kernel_sgd(kernel, labels[0, :N], good).coefficients)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_warns_above_the_critical_learning_rate(
+    features: Tensor, labels: Tensor, momentum: float, recwarn: pytest.WarningsRecorder
+) -> None:
+    kernel, _ = split(features)
+    critical = critical_learning_rate(kernel, momentum=momentum)
+    kernel_sgd(kernel, labels[0, :N], OptimizerConfig(lr=0.95 * critical, momentum=momentum, steps=1, full_batch=True))
+    assert not recwarn
+    with pytest.warns(UserWarning, match=r"is 2(\.0\d)? times the critical"):
+        kernel_sgd(kernel, labels[0, :N], OptimizerConfig(lr=2 * critical, momentum=momentum, steps=1, full_batch=True))
+
+
+def test_averaging_over_outputs_raises_the_critical_rate(
+    features: Tensor, labels: Tensor, recwarn: pytest.WarningsRecorder
+) -> None:
+    kernel, _ = split(features)
+    lr = 2.9 * critical_learning_rate(kernel)
+    kernel_sgd(kernel, labels[:, :N].T, OptimizerConfig(lr=lr, momentum=0, full_batch=True, steps=2000))
+    assert not recwarn
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kernel": torch.eye(4)[:3]}, "square"),
+        ({"kernel": torch.eye(4, dtype=torch.int64)}, "floating-point"),
+        ({"kernel": torch.full((4, 4), torch.nan)}, "NaN"),
+        ({"kernel": torch.eye(4) + torch.triu(torch.ones(4, 4))}, "not symmetric"),
+        ({"targets": torch.tensor([1.0, -1.0, 1.0])}, r"targets must be \(4,\)"),
+        ({"targets": torch.tensor([0.0, 1.0, 1.0, 0.0])}, r"2 \* y - 1"),
+        ({"targets": torch.tensor([torch.nan, 1.0, 1.0, 1.0])}, "NaN"),
+        ({"test_targets": None}, "together"),
+        ({"test_kernel": torch.ones(2, 3)}, r"test_kernel must be \(m, 4\)"),
+        ({"test_kernel": torch.ones(4, 2)}, "transpose"),
+        ({"test_kernel": torch.ones(2, 4, dtype=torch.float64)}, "dtype"),
+        ({"test_targets": torch.ones(2, 3)}, "number of outputs"),
+        ({"test_targets": torch.ones(3)}, "test_targets"),
+        ({"eval_every": 0}, "at least 1 step"),
+        ({"eval_every": [100]}, "from 0 to 20"),
+        ({"eval_every": []}, "from 0 to 20"),
+        ({"initial_coefficients": torch.zeros(3)}, "initial_coefficients"),
+    ],
+)
+def test_rejects_bad_input(change: dict[str, object], message: str) -> None:
+    arguments: dict[str, object] = {
+        "kernel": torch.eye(4),
+        "targets": torch.tensor([1.0, -1.0, 1.0, 1.0]),
+        "optimizer": OptimizerConfig(),
+        "test_kernel": torch.ones(2, 4),
+        "test_targets": torch.ones(2),
+    }
+    with pytest.raises((TypeError, ValueError), match=message):
+        kernel_sgd(**(arguments | change))
+
+
+def test_grid_rejects_bad_input() -> None:
+    kernel, targets = torch.eye(4), torch.ones(2, 4)
+    with pytest.raises(ValueError, match="sizes between 1 and 4"):
+        kernel_sgd_grid(kernel, targets, [OptimizerConfig()], sizes=[5])
+    with pytest.raises(ValueError, match="at least one optimizer"):
+        kernel_sgd_grid(kernel, targets, [])
+    with pytest.raises(ValueError, match="2 label vectors"):
+        kernel_sgd_grid(kernel, targets, [OptimizerConfig()], test_kernel=kernel, test_targets=targets[0])
