@@ -181,6 +181,10 @@ def test_other_data_dtype_or_shape_share_no_block(tmp_path: Path) -> None:
         gram = store.gram(slice(None), progress=False)
         assert gram.dtype == data.dtype
         assert torch.equal(gram, data @ data.T)
+    zeros = torch.zeros(6, 4, dtype=torch.float64)
+    KernelStore(tmp_path, LoggedKernel(log), zeros, block=6).compute(progress=False)
+    for same_bytes in (zeros.view(6, 2, 2), torch.zeros(6, 8), zeros.view(3, 8)):
+        assert KernelStore(tmp_path, LoggedKernel(log), same_bytes, block=6).missing() == [(0, 0)]
 
 
 @pytest.mark.parametrize("attribute", [lambda x: x, object(), nn.ReLU().forward, [torch.Generator()]])

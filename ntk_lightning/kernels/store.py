@@ -232,7 +232,7 @@ class KernelStore:
             probe.rmdir()
             needed, free = sum(map(self._pairs, pending)) * self.x.element_size(), shutil.disk_usage(self.folder).free
             if needed > free:
-                raise OSError(errno.ENOSPC, f"{needed / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free")
+                raise OSError(errno.ENOSPC, f"{needed / 2**20:,.1f} MiB needed, {free / 2**20:,.1f} MiB free")
         except OSError as error:
             raise self._cannot_write(error) from error
         for temporary in self.folder.glob(".*.partial"):
@@ -266,7 +266,7 @@ class KernelStore:
             if array.shape != (self._side(a), self._side(b)) or array.dtype.name not in ("float32", "float64"):
                 return None
             values = torch.from_numpy(array[:])
-        except (KeyError, TypeError, ValueError):  # what Zarr raises for a wrong checksum and for broken metadata
+        except (FileNotFoundError, KeyError, TypeError, ValueError):  # a wrong checksum, lost or broken metadata
             return None
         return values if torch.isfinite(values).all() else None  # a lost chunk reads as its fill value, NaN
 
@@ -283,7 +283,6 @@ class KernelStore:
                 fill_value=float("nan"),
                 zarr_format=3,
                 chunk_key_encoding={"name": "default", "separator": "."},
-                config={"write_empty_chunks": True},
             )
             for part in (*temporary.iterdir(), temporary):
                 _flush(part)
