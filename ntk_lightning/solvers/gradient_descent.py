@@ -139,7 +139,7 @@ def _check(kernel: Tensor, targets: Tensor, sets: dict[str, tuple[Tensor | None,
     check_kernel(kernel)
     check_targets("targets", targets, len(kernel))
     for name, (rows, labels) in sets.items():
-        check_evaluation_set(name, rows, labels, kernel, targets)
+        check_evaluation_set(name, rows, labels, targets, kernel)
 
 
 def _eigensystem(kernel: Tensor, known: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
