@@ -99,7 +99,7 @@ def gradient_flow(
     """Follow gradient flow, the limit of small learning rates at time t = lr * steps, without momentum.
 
     f_t = y - exp(-2 K t / (n C)) y on the training set: a_t = sum_i q_i <q_i, y> (1 - exp(-2 lambda_i t / (n C))) /
-    lambda_i. Jacot et al. (2018, arXiv 1806.07572), section 5.
+    lambda_i. Jacot et al. (2018, arXiv 1806.07572).
 
     Args:
         kernel: Gram of the training set, (n, n).
