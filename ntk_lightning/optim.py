@@ -136,7 +136,7 @@ def critical_learning_rate(
     (1 + mu) n / lambda_max(K): with f <- f - lr v and v <- mu v + (2 / n) K (f - y), an eigenvalue lambda is stable
     while 2 lr lambda / n < 2 (1 + mu). Polyak (1964), "Some methods of speeding up the convergence of iteration
     methods". lambda_max comes from the Lanczos iteration with full reorthogonalization (Golub and Van Loan, "Matrix
-    Computations", section 10.1), which approaches it from below. Mini-batches can diverge at lower rates. A loss that
+    Computations", chapter 10), which approaches it from below. Mini-batches can diverge at lower rates. A loss that
     is also averaged over C outputs multiplies the critical rate by C.
 
     Args:

@@ -125,7 +125,7 @@ def check_targets(name: str, targets: Tensor, count: int) -> None:
 
 
 def check_evaluation_set(
-    name: str, kernel: Tensor | None, targets: Tensor | None, train_kernel: Tensor, train_targets: Tensor
+    name: str, kernel: Tensor | None, targets: Tensor | None, train_targets: Tensor, train_kernel: Tensor | None = None
 ) -> None:
     """Check a test or validation set against the training set.
 
@@ -133,8 +133,8 @@ def check_evaluation_set(
         name: "test" or "val", for messages.
         kernel: Kernel between its points and the training set, (m, n), or None with ``targets`` None.
         targets: Its labels, (m,) or (m, C).
-        train_kernel: The training Gram, (n, n).
-        train_targets: The training labels.
+        train_targets: The training labels, (n,) or (n, C).
+        train_kernel: The training Gram, (n, n), where there is one.
 
     Raises:
         TypeError: The kernel is not a floating-point tensor.
@@ -145,13 +145,13 @@ def check_evaluation_set(
     if kernel is None or targets is None:
         raise ValueError(f"Pass {name}_kernel and {name}_targets together.")
     _check_matrix(f"{name}_kernel", kernel)
-    if kernel.shape[1] != len(train_kernel):
-        hint = ": transpose it" if kernel.shape[0] == len(train_kernel) else ""
+    n = len(train_targets)
+    if kernel.shape[1] != n:
+        hint = ": transpose it" if kernel.shape[0] == n else ""
         raise ValueError(
-            f"{name}_kernel must be (m, {len(train_kernel)}), new points by training points, got "
-            f"{tuple(kernel.shape)}{hint}."
+            f"{name}_kernel must be (m, {n}), new points by training points, got {tuple(kernel.shape)}{hint}."
         )
-    for what in ("dtype", "device"):
+    for what in ("dtype", "device") if train_kernel is not None else ():
         if getattr(kernel, what) != getattr(train_kernel, what):
             raise ValueError(
                 f"kernel and {name}_kernel differ in {what}: {getattr(train_kernel, what)}, {getattr(kernel, what)}."

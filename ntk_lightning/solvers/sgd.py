@@ -172,7 +172,7 @@ def _checked(
         if labels is not None and len(labels) != len(targets):
             raise ValueError(f"{name}_targets must hold {len(targets)} label vectors as targets, got {len(labels)}.")
         for vector in [None] if labels is None else labels:
-            check_evaluation_set(name, rows, vector, kernel, targets[0])
+            check_evaluation_set(name, rows, vector, targets[0], kernel)
         if rows is not None and labels is not None:
             given[name] = rows, labels
     return given

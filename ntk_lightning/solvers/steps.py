@@ -93,15 +93,23 @@ def _rows_product(
     models: NDArray[np.floating],
     out: NDArray[np.floating],
 ) -> None:
-    """out[r, i] = <row rows[i] of the matrix that starts at flat, models[r]>."""
+    """out[r, i] = <row rows[i] of the matrix that starts at flat, models[r]>; four rows at once keep loads busy."""
     count, n = models.shape
-    for i in numba.prange(rows.size):
-        row = flat[rows[i] * stride : rows[i] * stride + n]
+    last = rows.size - 1
+    for block in numba.prange((rows.size + 3) // 4):
+        i0 = 4 * block
+        i1, i2, i3 = min(i0 + 1, last), min(i0 + 2, last), min(i0 + 3, last)
+        row0, row1 = flat[rows[i0] * stride :][:n], flat[rows[i1] * stride :][:n]
+        row2, row3 = flat[rows[i2] * stride :][:n], flat[rows[i3] * stride :][:n]
         for r in range(count):
-            model, total = models[r], flat.dtype.type(0)
+            model = models[r]
+            sum0 = sum1 = sum2 = sum3 = flat.dtype.type(0)
             for j in range(n):
-                total += row[j] * model[j]
-            out[r, i] = total
+                sum0 += row0[j] * model[j]
+                sum1 += row1[j] * model[j]
+                sum2 += row2[j] * model[j]
+                sum3 += row3[j] * model[j]
+            out[r, i0], out[r, i1], out[r, i2], out[r, i3] = sum0, sum1, sum2, sum3
 
 
 @numba.njit(cache=True, fastmath=_REASSOCIATE)
