@@ -21,12 +21,13 @@ __all__ = ["Batch", "BatchLoader", "ImageDataModule", "Samples"]
 class Batch(NamedTuple):
     """One process's share of a batch.
 
-    ``x`` (b, C, H, W), ``y`` (b,), ``index`` (b,) positions in the data set, ``size`` of the batch over all processes.
+    ``x`` (b, C, H, W), ``y`` (b,), ``indices`` (b,) positions in the data set, ``size`` of the batch over all
+    processes.
     """
 
     x: Tensor
     y: Tensor
-    index: Tensor
+    indices: Tensor
     size: int
 
 
@@ -40,9 +41,9 @@ class Samples:
     def __len__(self) -> int:
         return len(self.y)
 
-    def to(self, device: torch.device | str) -> Samples:
-        """Move both tensors; the same samples where they are there already."""
-        return replace(self, x=self.x.to(device), y=self.y.to(device))
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Samples:
+        """Move both tensors and cast the inputs; the same tensors where nothing changes."""
+        return replace(self, x=self.x.to(device, dtype), y=self.y.to(device))
 
 
 class Shuffled:
@@ -183,12 +184,12 @@ class ImageDataModule(LightningDataModule, ABC):
             ("n_test", self.n_test, len(test)),
         ):
             if asked > have:
-                raise ValueError(
-                    f"{name} = {asked}, but {type(self).__name__} has {have} such samples: ask for fewer."
-                )
+                raise ValueError(f"{name} = {asked}, but {type(self).__name__} has {have} such samples: ask for fewer.")
         order = _permutation(self.subset_seed, len(pool))
         train_set = _take(pool, order[: self.n_train])
-        spread, mean = torch.std_mean(train_set.x.double(), (0, *range(2, train_set.x.dim())), correction=0, keepdim=True)
+        spread, mean = torch.std_mean(
+            train_set.x.double(), (0, *range(2, train_set.x.dim())), correction=0, keepdim=True
+        )
         if not (spread > 0).all():
             constant = (spread.flatten() == 0).nonzero().flatten().tolist()
             raise ValueError(

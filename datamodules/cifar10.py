@@ -62,8 +62,8 @@ class CIFAR10Binary(ImageDataModule):
         files = [file for file in named if {"img", "label"} <= set(pq.read_schema(file).names)]
         if not files:
             raise FileNotFoundError(
-                f"No parquet file under {path} has {split!r} in its name and the columns img and label: give the folder "
-                f"that holds CIFAR-10 in the schema of {HUB_ID}, or leave path out to download it."
+                f"No parquet file under {path} has {split!r} in its name and the columns img and label: give the "
+                f"folder that holds CIFAR-10 in the schema of {HUB_ID}, or leave path out to download it."
             )
         return files
 
@@ -75,6 +75,6 @@ def _from_hub(split: str) -> Any:  # noqa: ANN401 - datasets ships no types
         return datasets.load_dataset(HUB_ID, split=split)
     except (ConnectionError, OSError) as error:
         raise ConnectionError(
-            f"{HUB_ID} could not be had from the Hugging Face hub ({error}). Check the network, or download its parquet "
-            "files and give their folder as path."
+            f"{HUB_ID} could not be had from the Hugging Face hub ({error}). Check the network, or download its "
+            "parquet files and give their folder as path."
         ) from error

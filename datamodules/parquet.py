@@ -34,7 +34,8 @@ def read_parquet(files: Sequence[Path], image_column: str, classes: tuple[int, i
     """Read the images of two classes.
 
     Args:
-        files: Parquet files with the columns ``image_column`` (struct with ``bytes``, an encoded picture) and ``label``.
+        files: Parquet files with the columns ``image_column`` (struct with ``bytes``, an encoded picture) and
+            ``label``.
         image_column: Name of the column of images.
         classes: Class numbers for the labels -1 and +1.
 

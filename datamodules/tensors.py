@@ -17,8 +17,8 @@ class TensorData(ImageDataModule):
     Args:
         train: Images (N, C, H, W) and labels (N,) in {-1, +1}, the training pool.
         test: The same for the test pool.
-        **kwargs: Those of :class:`~ntk_lightning.datamodules.ImageDataModule`; ``n_train`` and ``n_test`` are by default
-            the whole pools.
+        **kwargs: Those of :class:`~ntk_lightning.datamodules.ImageDataModule`; ``n_train`` and ``n_test`` are by
+            default the whole pools.
 
     Raises:
         ValueError: Images and labels differ in number.
@@ -36,7 +36,10 @@ class TensorData(ImageDataModule):
         for name, (x, y) in (("train", train), ("test", test)):
             if len(x) != len(y) or y.dim() != 1:
                 raise ValueError(f"{name}: {len(x)} images need as many labels (N,), got {tuple(y.shape)}.")
-        sizes = {"n_train": len(train[1]) - kwargs.get("n_val", 0) - int(kwargs.get("fresh", 0)), "n_test": len(test[1])}
+        sizes = {
+            "n_train": len(train[1]) - kwargs.get("n_val", 0) - int(kwargs.get("fresh", 0)),
+            "n_test": len(test[1]),
+        }
         super().__init__(**{**sizes, **kwargs})
         self.pools = Samples(*train), Samples(*test)
 

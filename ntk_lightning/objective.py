@@ -44,7 +44,7 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def count_errors(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Tell which samples are misclassified: sign(f) != y, where f = 0 and NaN count as errors; argmax for several outputs.
+    """Tell which samples are misclassified: sign(f) != y, where f = 0 and NaN are errors; argmax for several outputs.
 
     Args:
         outputs: (n, num_outputs).

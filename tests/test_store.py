@@ -23,9 +23,9 @@ import torch
 import zarr
 from torch import Tensor, nn
 
-from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK
+from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK, kernel_key
 from ntk_lightning.kernels import store as store_module
-from ntk_lightning.kernels.store import BlockId, KernelStore, compute_on_ray, kernel_key
+from ntk_lightning.kernels.store import BlockId, KernelStore, compute_on_ray
 from ntk_lightning.networks import MLP, MyrtleCNN, NTKLinear
 
 PROCESSES = multiprocessing.get_context("forkserver")  # children start with the imports done, in milliseconds

@@ -67,7 +67,7 @@ class InfiniteNTK:
             TypeError: An input is not a floating-point tensor.
             ValueError: Inputs are malformed or do not fit the network.
         """
-        self._check(x1, x2)
+        self.check(x1, x2)
         return self._reference_gram(x1, x2, progress)
 
     def diag(self, x: Tensor) -> Tensor:
@@ -83,10 +83,20 @@ class InfiniteNTK:
             TypeError: The input is not a floating-point tensor.
             ValueError: Inputs are malformed or do not fit the network.
         """
-        self._check(x, None)
+        self.check(x, None)
         return torch.cat([self._reference_block(sample, sample)[:, 0] for sample in x.split(1)])
 
-    def _check(self, x1: Tensor, x2: Tensor | None) -> None:
+    def check(self, x1: Tensor, x2: Tensor | None = None) -> None:
+        """Check inputs without computing anything.
+
+        Args:
+            x1: Inputs (n1, d) or (n1, C, H, W).
+            x2: Inputs (n2, ...), or None.
+
+        Raises:
+            TypeError: An input is not a floating-point tensor.
+            ValueError: Inputs are malformed or do not fit the network.
+        """
         check_inputs(x1, x2)
         if x1.dim() not in (2, 4):
             raise ValueError(f"Inputs must be (n, features) or (n, C, H, W), got {tuple(x1.shape)}.")

@@ -1,6 +1,6 @@
 """Grams on disk: computed once, block by block, by any number of processes.
 
-Content names everything. A folder is named by a hash of the kernel (:func:`kernel_key`). In it a block is one Zarr v3
+Content names everything. A folder is named by a hash of the kernel (``kernel_key``). In it a block is one Zarr v3
 array named by the hashes of its two groups of samples (dtype, shape and bytes), the smaller hash first, which is also
 the order in which it is computed; its transpose is never stored. So a larger data set that begins with the same samples
 finds all earlier full blocks, one folder serves any number of kernels and data sets, and no index has to be kept in
@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import inspect
 import logging
 import os
 import random
@@ -35,43 +33,16 @@ from torch import Tensor, nn
 from zarr.codecs import Crc32cCodec
 from zarr.errors import ContainsGroupError
 
-from ntk_lightning.kernels.infinite import InfiniteNTK
+from ntk_lightning.kernels.fingerprint import describe, digest, kernel_key
 from ntk_lightning.kernels.inputs import check_inputs
 from ntk_lightning.progress import progress_bar
 
-__all__ = ["BlockId", "KernelStore", "compute_on_ray", "kernel_key"]
+__all__ = ["BlockId", "KernelStore", "compute_on_ray"]
 
 BlockId = tuple[int, int]
 
 _log = logging.getLogger(__name__)
-_FORMAT = 1  # raise it when stored values change their meaning: old folders are then left alone
-_EXECUTION_OPTIONS = {"chunk_size", "memory_budget"}  # of a kernel: they change its speed, not its values
 _STALE_SECONDS = 3600.0  # no write takes this long: a temporary folder of this age belongs to a killed process
-
-
-def kernel_key(kernel: Callable[..., Tensor]) -> str:
-    """Name what a kernel computes, the same in every process.
-
-    An infinite kernel is its layers, kind and backend; an empirical one, and any other module, is its parameters,
-    buffers and every module's class and attributes. Another callable names itself by a string attribute
-    ``fingerprint``, which also takes precedence over both. The code of a class is not part of the name.
-
-    Args:
-        kernel: An InfiniteNTK, an nn.Module, or a callable with a ``fingerprint``.
-
-    Returns:
-        32 hexadecimal digits.
-
-    Raises:
-        TypeError: The kernel, or an attribute of its modules, has no text that names it in another process too.
-
-    Example:
-        >>> from ntk_lightning.networks import MLP
-        >>> wide, narrow, deep = (InfiniteNTK(MLP(width, depth, 3)) for width, depth in ((64, 1), (8, 1), (8, 2)))
-        >>> kernel_key(wide) == kernel_key(narrow), kernel_key(wide) == kernel_key(deep)
-        (True, False)
-    """
-    return _digest("\n".join(_describe(kernel)).encode())
 
 
 class KernelStore:
@@ -83,7 +54,7 @@ class KernelStore:
     Args:
         folder: Where the stores of all kernels lie; made when the first block is written.
         kernel: Maps (n1, ...) and (n2, ...) to (n1, n2), or (n1, ...) alone to its symmetric Gram, always in the same
-            precision. See :func:`kernel_key` for what it must be. Neither it nor ``x`` may change afterwards.
+            precision. See ``kernel_key`` for what it must be. Neither it nor ``x`` may change afterwards.
         x: All samples (n, ...), training and test together; their dtype is part of the blocks' names.
         block: Samples a block's side. A kill loses at most one block's work; an empirical kernel forms its gradients
             anew for every block, so larger ones are faster.
@@ -94,6 +65,7 @@ class KernelStore:
 
     Example:
         >>> import tempfile
+        >>> from ntk_lightning.kernels import InfiniteNTK
         >>> from ntk_lightning.networks import MLP
         >>> kernel = InfiniteNTK(MLP(width=1, depth=1, in_features=2), kind="nngp")
         >>> store = KernelStore(tempfile.mkdtemp(), kernel, torch.eye(2, dtype=torch.float64), block=1)
@@ -109,7 +81,7 @@ class KernelStore:
             raise ValueError(f"block must be at least 1 sample, got {block}.")
         self.kernel, self.x, self.block = kernel, x.detach(), block
         self.folder = Path(folder).expanduser().resolve() / kernel_key(kernel)
-        self._names = [_digest(samples) for samples in self.x.split(block)]
+        self._names = [digest(samples) for samples in self.x.split(block)]
 
     @property
     def block_ids(self) -> list[BlockId]:
@@ -226,7 +198,7 @@ class KernelStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / "zarr.json").exists():
                 with contextlib.suppress(ContainsGroupError):  # another process has just made it
-                    zarr.create_group(self.folder, zarr_format=3, attributes={"kernel": _describe(self.kernel)})
+                    zarr.create_group(self.folder, zarr_format=3, attributes={"kernel": describe(self.kernel)})
             probe = self._temporary()
             probe.mkdir()
             probe.rmdir()
@@ -399,64 +371,6 @@ def _compute_block(store: KernelStore, block_id: BlockId, on_gpu: bool) -> None:
         if isinstance(store.kernel, nn.Module):
             store.kernel.cuda()
     store.compute([block_id], progress=False)
-
-
-def _describe(kernel: Callable[..., Tensor]) -> list[str]:
-    """Everything that a kernel's values depend on, in lines; kept beside the blocks for the reader."""
-    lines = [f"format {_FORMAT}", _name(type(kernel))]
-    fingerprint = getattr(kernel, "fingerprint", None)
-    if fingerprint is not None:
-        if not isinstance(fingerprint, str):
-            raise TypeError(f"A kernel's fingerprint must be a string, got {fingerprint!r}.")
-        return [*lines, fingerprint]
-    if isinstance(kernel, InfiniteNTK):
-        return [*lines, f"layers = {kernel.layers}", f"kind = {kernel.kind}", f"backend = {kernel.backend}"]
-    if not isinstance(kernel, nn.Module):
-        raise TypeError(
-            f"{kernel!r} cannot be named in a store: give it a string attribute `fingerprint` that tells its values "
-            "from those of every other kernel."
-        )
-    for path, module in kernel.named_modules():
-        lines.append(f"{path}: {_name(type(module))}, training={module.training}")
-        for name in sorted(vars(module).keys() - vars(nn.Module()).keys() - _EXECUTION_OPTIONS):
-            lines.append(f"{path}.{name} = {_text(getattr(module, name), f'{path}.{name}')}")
-    for name, tensor in (*kernel.named_parameters(), *kernel.named_buffers()):
-        lines.append(f"{name}: {_text(tensor, name)}, requires_grad={tensor.requires_grad}")
-    return lines
-
-
-def _text(value: object, path: str) -> str:
-    """An attribute's value, the same in every process."""
-    match value:
-        case Tensor():
-            return f"tensor {_digest(value)}"
-        case None | bool() | int() | float() | complex() | str() | bytes() | torch.dtype() | torch.device():
-            return repr(value)
-        case list() | tuple():
-            return f"[{', '.join(_text(item, path) for item in value)}]"
-        case dict():
-            return f"{{{', '.join(f'{_text(k, path)}: {_text(v, path)}' for k, v in value.items())}}}"
-    if (inspect.isclass(value) or inspect.isfunction(value) or inspect.isbuiltin(value)) and "<" not in _name(value):
-        return _name(value)
-    raise TypeError(
-        f"The kernel's attribute {path} = {value!r} has no text that is the same in another process: give the kernel "
-        "a string attribute `fingerprint`, or the network without what is not part of it."
-    )
-
-
-def _name(value: Any) -> str:  # noqa: ANN401  # a class or function: no common type has both attributes
-    return f"{value.__module__}.{value.__qualname__}"
-
-
-def _digest(value: Tensor | bytes) -> str:
-    """Hash of bytes, or of a tensor's dtype, shape and bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    if isinstance(value, Tensor):
-        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    else:
-        digest.update(value)
-    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

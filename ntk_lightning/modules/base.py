@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning import LightningModule
@@ -20,12 +20,12 @@ __all__ = ["NTKModule"]
 class NTKModule(LightningModule, ABC):
     """Base of the three models: mean squared error on +-1 labels, SGD with momentum, error rate.
 
-    Logs ``train/loss``, ``train/error``, and the same for every evaluation split, averaged over samples (a smaller last
-    batch counts less). Batches are :class:`ntk_lightning.datamodules.Batch` or plain tuples (x, y).
+    Logs ``train/loss``, ``train/error``, and the same for every evaluation split, averaged over samples (a smaller
+    last batch counts less). Batches are :class:`ntk_lightning.datamodules.Batch` or plain tuples (x, y).
 
     Args:
-        optimizer: Learning rate, momentum, batch size and order. The Trainer's ``max_epochs`` or ``max_steps`` fixes the
-            length of the run.
+        optimizer: Learning rate, momentum, batch size and order. The Trainer's ``max_epochs`` or ``max_steps`` fixes
+            the length of the run.
     """
 
     label: ClassVar[str]
@@ -91,7 +91,7 @@ class NTKModule(LightningModule, ABC):
         losses = squared_error(outputs, targets)
         errors = count_errors(outputs.detach(), targets)
         for name, values in (("loss", losses.detach()), ("error", errors.to(losses.dtype))):
-            metric = self._metrics[f"{split}/{name}"]
+            metric = cast(MeanMetric, self._metrics[f"{split}/{name}"])
             metric.update(values)
             self.log(
                 f"{split}/{name}",
@@ -103,4 +103,5 @@ class NTKModule(LightningModule, ABC):
                 batch_size=max(1, len(values)),
             )
         # DDP averages gradients over processes: this makes the average that of the whole batch, however it was cut
-        return losses.sum() * (self.trainer.world_size / batch.size)
+        loss: Tensor = losses.sum() * (self.trainer.world_size / batch.size)
+        return loss

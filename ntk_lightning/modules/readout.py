@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from lightning import Trainer
 from torch import Tensor, nn
 
 from ntk_lightning.datamodules.base import Batch, Samples
@@ -92,7 +93,7 @@ class KernelReadout(NTKModule):
         if stage != "fit":
             return
         train_set = _samples(self.trainer, "train")
-        if getattr(self.trainer.datamodule, "transform", None) is not None:
+        if getattr(_datamodule(self.trainer), "transform", None) is not None:
             raise ValueError("A kernel model cannot train on transformed images: remove the data module's transform.")
         if self.coefficients.shape[0] != len(train_set):
             self._allocate(len(train_set), tuple(train_set.x.shape[1:]))
@@ -116,16 +117,17 @@ class KernelReadout(NTKModule):
     def predict(self, batch: Batch, split: str) -> Tensor:
         """Evaluate the model from stored kernel rows (see the base class)."""
         if split == "train":
-            if not len(batch.index):
+            if not len(batch.indices):
                 raise TypeError("A kernel model trains on Batch(x, y, index, size): use this package's data modules.")
             assert self._gram is not None, "on_fit_start computes the Gram"
-            outputs: Tensor = FunctionalGradient.apply(self.coefficients, self._gram[batch.index], batch.index)
+            rows = self._gram[batch.indices]
+            outputs: Tensor = FunctionalGradient.apply(self.coefficients, rows, batch.indices)  # type: ignore[no-untyped-call]  # torch's
             return outputs
-        if not len(batch.index):
+        if not len(batch.indices):
             return super().predict(batch, split)
         if split not in self._cross:
             self._cross[split] = self._rows(_samples(self.trainer, split).x.to(self.device))
-        return self._cross[split][batch.index] @ self.coefficients
+        return self._cross[split][batch.indices] @ self.coefficients
 
     def _rows(self, x: Tensor) -> Tensor:
         if not len(self.train_inputs):
@@ -165,8 +167,12 @@ class InfiniteNTKReadout(KernelReadout):
         super().__init__(InfiniteNTK(net, kind, backend), optimizer, num_outputs)
 
 
-def _samples(trainer: Any, split: str) -> Samples:  # noqa: ANN401 - Lightning's Trainer, loosely typed
-    samples = getattr(getattr(trainer, "datamodule", None), f"{split}_set", None)
+def _datamodule(trainer: Trainer) -> object:
+    return getattr(trainer, "datamodule", None)
+
+
+def _samples(trainer: Trainer, split: str) -> Samples:
+    samples = getattr(_datamodule(trainer), f"{split}_set", None)
     if not isinstance(samples, Samples):
         raise TypeError(
             f"A kernel model needs the whole {split} set: fit it with a data module of ntk_lightning.datamodules "

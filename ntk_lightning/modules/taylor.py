@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
 
 from ntk_lightning.modules.base import NTKModule
+from ntk_lightning.modules.taylor_expansion import taylor_expansion
 from ntk_lightning.optim import OptimizerConfig
 
 __all__ = ["LinearizedNetwork"]
@@ -20,16 +20,17 @@ class LinearizedNetwork(NTKModule):
 
     The term f(w0, x) is left out, as in the source paper (arXiv 2206.10012, after Lee et al., 2019, arXiv 1902.06720);
     ``include_f0`` adds it. What is trained is the displacement w - w0, which starts at 0; w0 is kept, frozen, in the
-    copied network.
+    copied network. With ``order`` k it is g_k, the Taylor expansion up to order k.
 
     Args:
         net: Maps inputs (n, ...) to outputs (n, num_outputs); w0 is its current weights, copied. Frozen parameters stay
             frozen.
         optimizer: Shared by every arm of a comparison.
-        include_f0: Add f(w0, x): the true linearization of f.
+        order: Highest order of the expansion.
+        include_f0: Add f(w0, x): with order 1, the true linearization of f.
 
     Raises:
-        ValueError: The network has no trainable parameter.
+        ValueError: The network has no trainable parameter, or the order is below 1.
 
     Example:
         >>> from ntk_lightning.networks import MLP
@@ -40,10 +41,16 @@ class LinearizedNetwork(NTKModule):
     label: ClassVar[str] = "linearized network"
 
     def __init__(
-        self, net: nn.Module, optimizer: OptimizerConfig = OptimizerConfig(), include_f0: bool = False
+        self,
+        net: nn.Module,
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        order: int = 1,
+        include_f0: bool = False,
     ) -> None:
         super().__init__(optimizer)
-        self.include_f0 = include_f0
+        if order < 1:
+            raise ValueError(f"order must be at least 1, got {order}.")
+        self.order, self.include_f0 = order, include_f0
         self._names = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
         if not self._names:
             raise ValueError("The network has no trainable parameter to linearize in.")
@@ -52,10 +59,8 @@ class LinearizedNetwork(NTKModule):
         self.displacement = nn.ParameterList([torch.zeros_like(w0[name]) for name in self._names])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Evaluate the expansion by one forward-mode derivative: (n, ...) to (n, num_outputs)."""
+        """Evaluate the expansion by forward-mode derivatives: (n, ...) to (n, num_outputs)."""
         parameters = dict(self.net.named_parameters())
-        w0 = {name: parameters[name] for name in self._names}
-        tangent = dict(zip(self._names, self.displacement, strict=True))
-        f0, g1 = jvp(lambda w: functional_call(self.net, w, (x,)), (w0,), (tangent,))
-        outputs: Tensor = f0 + g1 if self.include_f0 else g1
-        return outputs
+        w0: dict[str, Tensor] = {name: parameters[name] for name in self._names}
+        displacement: dict[str, Tensor] = dict(zip(self._names, self.displacement, strict=True))
+        return taylor_expansion(self.net, w0, displacement, x, self.order, self.include_f0)
