@@ -12,7 +12,7 @@ from scipy import stats
 __all__ = ["ExponentDifference", "PowerLawFit", "compare_exponents", "fit_power_law"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PowerLawFit:
     """A fitted scaling law L(n) = alpha n^(-beta).
 
