@@ -27,7 +27,12 @@ class KernelFit:
         val_losses: The same on the validation set.
         train_errors: The same on the training set.
         train_losses: The same on the training set.
-        diverged: Whether a coefficient or a prediction became infinite or NaN; errors from there on are 1.
+        diverged: Whether a coefficient became infinite or NaN; errors from there on are 1.
+
+    Example:
+        >>> fit = KernelFit(torch.zeros(2), torch.tensor([10, 20]), test_errors=torch.tensor([0.25, 0.5]))
+        >>> fit.optimal_error, fit.optimal_step, fit.last_error
+        (0.25, 10, 0.5)
     """
 
     coefficients: Tensor
