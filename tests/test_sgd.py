@@ -227,7 +227,7 @@ def test_zero_and_nan_are_errors(features: Tensor, labels: Tensor) -> None:
 
 def test_one_diverging_run_leaves_the_others_alone(features: Tensor, labels: Tensor) -> None:
     kernel, _ = split(features)
-    good, bad = OptimizerConfig(lr=0.1, epochs=500, batch_size=10), OptimizerConfig(lr=1e6, epochs=500, batch_size=10)
+    good, bad = OptimizerConfig(lr=0.1, epochs=30, batch_size=10), OptimizerConfig(lr=1e6, epochs=30, batch_size=10)
     with pytest.warns(UserWarning, match="critical"), pytest.warns(UserWarning, match="1 of 2 kernel fits"):
         fits = kernel_sgd_grid(kernel, labels[0, :N], [good, bad])
     assert fits[N, bad, 0].diverged
@@ -251,7 +251,7 @@ def test_averaging_over_outputs_raises_the_critical_rate(
 ) -> None:
     kernel, _ = split(features)
     lr = 2.9 * critical_learning_rate(kernel)
-    kernel_sgd(kernel, labels[:, :N].T, OptimizerConfig(lr=lr, momentum=0, full_batch=True, steps=2000))
+    kernel_sgd(kernel, labels[:, :N].T, OptimizerConfig(lr=lr, momentum=0, full_batch=True, steps=500))
     assert not recwarn
 
 
@@ -259,7 +259,8 @@ def test_averaging_over_outputs_raises_the_critical_rate(
     ("change", "message"),
     [
         ({"kernel": torch.eye(4)[:3]}, "square"),
-        ({"kernel": torch.eye(4, dtype=torch.int64)}, "floating-point"),
+        ({"kernel": torch.eye(4, dtype=torch.int64)}, "float32 or float64"),
+        ({"kernel": torch.eye(4, dtype=torch.bfloat16)}, "float32 or float64"),
         ({"kernel": torch.full((4, 4), torch.nan)}, "NaN"),
         ({"kernel": torch.eye(4) + torch.triu(torch.ones(4, 4))}, "not symmetric"),
         ({"targets": torch.tensor([1.0, -1.0, 1.0])}, r"targets must be \(4,\)"),
@@ -295,5 +296,7 @@ def test_grid_rejects_bad_input() -> None:
         kernel_sgd_grid(kernel, targets, [OptimizerConfig()], sizes=[5])
     with pytest.raises(ValueError, match="at least one optimizer"):
         kernel_sgd_grid(kernel, targets, [])
+    with pytest.raises(ValueError, match="from 0 to 20"):
+        kernel_sgd_grid(kernel, targets, [OptimizerConfig(), OptimizerConfig(seed=1)], eval_every=[21])
     with pytest.raises(ValueError, match="2 label vectors"):
         kernel_sgd_grid(kernel, targets, [OptimizerConfig()], test_kernel=kernel, test_targets=targets[0])

@@ -25,7 +25,7 @@ _CHOLESKY_MAX = 8192  # samples: about 2 GiB for the float64 Gram, the system, i
 _BLOCK_ROWS = 512
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RidgeFit:
     """A kernel ridge regression f(x) = sum_i K(x, x_i) a_i, and how well its system was solved.
 
@@ -97,7 +97,7 @@ def ridge(
         The fit with its residual and condition number. Where "cg" misses the tolerance it warns.
 
     Raises:
-        TypeError: A kernel is not a floating-point tensor.
+        TypeError: A kernel is not a float32 or float64 tensor.
         ValueError: Shapes, labels or values are not usable, or the system is not positive definite.
 
     Example:

@@ -9,13 +9,7 @@ import torch
 from torch import Tensor
 
 from ntk_lightning.optim import OptimizerConfig
-from ntk_lightning.solvers.result import (
-    KernelFit,
-    check_evaluation_set,
-    check_kernel,
-    check_targets,
-    error_and_loss,
-)
+from ntk_lightning.solvers.result import KernelFit, check_problem, error_and_loss
 
 __all__ = ["gradient_descent", "gradient_flow"]
 
@@ -56,7 +50,7 @@ def gradient_descent(
         The coefficients after the last of the steps, and the error curves, training set included.
 
     Raises:
-        TypeError: A kernel is not a floating-point tensor.
+        TypeError: A kernel is not a float32 or float64 tensor.
         ValueError: Shapes, labels, steps or values are not usable.
 
     Example:
@@ -71,7 +65,7 @@ def gradient_descent(
     if not len(counts) or counts.is_floating_point() or counts[0] < 0:
         raise ValueError(f"steps must be integers of at least 0, got {steps}.")
     sets = {"test": (test_kernel, test_targets), "val": (val_kernel, val_targets)}
-    _check(kernel, targets, sets)
+    given = check_problem(kernel, targets[None], sets, lambda labels: labels[None])
     values, vectors = _eigensystem(kernel, eigensystem)
     scale = 2 * optimizer.lr / targets.numel()
     ratio = float(scale * values.max()) / (2 * (1 + optimizer.momentum))
@@ -82,7 +76,7 @@ def gradient_descent(
             stacklevel=2,
         )
     progress = _momentum_progress(scale * values, optimizer.momentum, counts)
-    return _fit(kernel, targets, sets, vectors, scale * progress, counts)
+    return _fit(kernel, targets, given, vectors, scale * progress, counts)
 
 
 def gradient_flow(
@@ -115,7 +109,7 @@ def gradient_flow(
         The coefficients at the last time, and the error curves; ``steps`` holds the times.
 
     Raises:
-        TypeError: A kernel is not a floating-point tensor.
+        TypeError: A kernel is not a float32 or float64 tensor.
         ValueError: Shapes, labels, times or values are not usable.
 
     Example:
@@ -126,20 +120,13 @@ def gradient_flow(
     if not len(moments) or not torch.isfinite(moments).all() or moments[0] < 0:
         raise ValueError(f"times must be finite and at least 0, got {times}.")
     sets = {"test": (test_kernel, test_targets), "val": (val_kernel, val_targets)}
-    _check(kernel, targets, sets)
+    given = check_problem(kernel, targets[None], sets, lambda labels: labels[None])
     values, vectors = _eigensystem(kernel, eigensystem)
     rates = 2 * values / targets.numel()
     elapsed = moments.to(values)
     safe = torch.where(rates == 0, 1.0, rates)[:, None]
     progress = torch.where(rates[:, None] == 0, elapsed, -torch.expm1(-safe * elapsed) / safe)
-    return _fit(kernel, targets, sets, vectors, 2 / targets.numel() * progress, moments)
-
-
-def _check(kernel: Tensor, targets: Tensor, sets: dict[str, tuple[Tensor | None, Tensor | None]]) -> None:
-    check_kernel(kernel)
-    check_targets("targets", targets, len(kernel))
-    for name, (rows, labels) in sets.items():
-        check_evaluation_set(name, rows, labels, targets, kernel)
+    return _fit(kernel, targets, given, vectors, 2 / targets.numel() * progress, moments)
 
 
 def _eigensystem(kernel: Tensor, known: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -169,7 +156,7 @@ def _momentum_progress(s: Tensor, momentum: float, counts: Tensor) -> Tensor:
 def _fit(
     kernel: Tensor,
     targets: Tensor,
-    sets: dict[str, tuple[Tensor | None, Tensor | None]],
+    sets: dict[str, tuple[Tensor, Tensor]],
     vectors: Tensor,
     filters: Tensor,
     steps: Tensor,
@@ -179,10 +166,8 @@ def _fit(
     labels = targets.detach().to(vectors).reshape(n, outputs)
     coefficients = (vectors @ (filters[:, :, None] * (vectors.T @ labels)[:, None]).flatten(1)).view(n, -1, outputs)
     curves: dict[str, Tensor] = {}
-    for name, (rows, truth) in {**sets, "train": (kernel, targets)}.items():
-        if rows is None or truth is None:
-            continue
-        predictions = (rows.detach().to(vectors) @ coefficients.flatten(1)).view(len(rows), -1, outputs)
+    for name, (rows, truth) in {**sets, "train": (kernel.detach(), targets)}.items():
+        predictions = (rows.to(vectors) @ coefficients.flatten(1)).view(len(rows), -1, outputs)
         expected = truth.detach().to(vectors).reshape(len(rows), 1, outputs)
         errors, losses = error_and_loss(predictions.transpose(0, 1), expected.transpose(0, 1))
         curves |= {f"{name}_errors": errors.cpu(), f"{name}_losses": losses.cpu()}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["KernelFit", "check_evaluation_set", "check_kernel", "check_targets", "error_and_loss"]
+__all__ = ["KernelFit", "check_evaluation_set", "check_kernel", "check_problem", "check_targets", "error_and_loss"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KernelFit:
     """A kernel model f(x) = sum_i K(x, x_i) a_i fitted by gradient steps, and its error curves.
 
@@ -26,7 +27,12 @@ class KernelFit:
         val_losses: The same on the validation set.
         train_errors: The same on the training set.
         train_losses: The same on the training set.
-        diverged: Whether a coefficient or a prediction became infinite or NaN; errors from there on are 1.
+        diverged: Whether a coefficient became infinite or NaN; errors from there on are 1.
+
+    Example:
+        >>> fit = KernelFit(torch.zeros(2), torch.tensor([10, 20]), test_errors=torch.tensor([0.25, 0.5]))
+        >>> fit.optimal_error, fit.optimal_step, fit.last_error
+        (0.25, 10, 0.5)
     """
 
     coefficients: Tensor
@@ -86,7 +92,7 @@ def check_kernel(kernel: Tensor) -> None:
         kernel: The kernel of the training set with itself, (n, n).
 
     Raises:
-        TypeError: It is not a floating-point tensor.
+        TypeError: It is not a float32 or float64 tensor.
         ValueError: It is not square, not finite or not symmetric.
     """
     _check_matrix("kernel", kernel)
@@ -137,7 +143,7 @@ def check_evaluation_set(
         train_kernel: The training Gram, (n, n), where there is one.
 
     Raises:
-        TypeError: The kernel is not a floating-point tensor.
+        TypeError: The kernel is not a float32 or float64 tensor.
         ValueError: One of the two is missing, or shapes, dtypes, devices or labels do not agree.
     """
     if kernel is None and targets is None:
@@ -164,6 +170,42 @@ def check_evaluation_set(
         )
 
 
+def check_problem(
+    kernel: Tensor,
+    targets: Tensor,
+    sets: Mapping[str, tuple[Tensor | None, Tensor | None]],
+    lead: Callable[[Tensor], Tensor],
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Check a Gram, its label vectors and the sets to evaluate; keep the sets that are given.
+
+    Args:
+        kernel: The training Gram, (n, n).
+        targets: Label vectors (r, n) or (r, n, C).
+        sets: By name, the kernel of new points (m, n) and their labels, or two times None.
+        lead: Gives the labels of a set their leading dimension r.
+
+    Returns:
+        By name, the kernel of new points (m, n) and their labels (r, m) or (r, m, C).
+
+    Raises:
+        TypeError: A kernel is not a float32 or float64 tensor.
+        ValueError: Shapes, dtypes, devices, labels or values do not agree.
+    """
+    check_kernel(kernel)
+    for vector in targets:
+        check_targets("targets", vector, len(kernel))
+    given = {}
+    for name, (rows, vectors) in sets.items():
+        labels = None if vectors is None else lead(vectors)
+        if labels is not None and len(labels) != len(targets):
+            raise ValueError(f"{name}_targets must hold {len(targets)} label vectors as targets, got {len(labels)}.")
+        for vector in [None] if labels is None else labels:
+            check_evaluation_set(name, rows, vector, targets[0], kernel)
+        if rows is not None and labels is not None:
+            given[name] = rows.detach(), labels
+    return given
+
+
 def error_and_loss(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Compute classification error and mean squared error.
 
@@ -188,8 +230,9 @@ def error_and_loss(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
 
 
 def _check_matrix(name: str, matrix: Tensor) -> None:
-    if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {getattr(matrix, 'dtype', type(matrix))}.")
+    dtype = getattr(matrix, "dtype", type(matrix))
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be a float32 or float64 tensor, got {dtype}: call .float() first.")
     if matrix.dim() != 2 or 0 in matrix.shape:
         raise ValueError(f"{name} must be a non-empty matrix, got shape {tuple(matrix.shape)}.")
     if not torch.isfinite(matrix.sum()) and not torch.isfinite(matrix).all():

@@ -13,20 +13,12 @@ from torch import Tensor
 
 from ntk_lightning.optim import OptimizerConfig, critical_learning_rate
 from ntk_lightning.progress import progress_bar
-from ntk_lightning.solvers.result import (
-    KernelFit,
-    check_evaluation_set,
-    check_kernel,
-    check_targets,
-    error_and_loss,
-)
+from ntk_lightning.solvers.result import KernelFit, check_problem, error_and_loss
 from ntk_lightning.solvers.steps import advance, product
 
 __all__ = ["kernel_sgd", "kernel_sgd_grid"]
 
-_Sets = Mapping[str, tuple[Tensor, Tensor]]  # name: kernel (m, n), label vectors (r, m) or (r, m, C)
-
-_MAX_INDICES = 2**20  # of a batch order held at once
+_MAX_INDICES = 2**20  # of batches held at once
 
 
 def kernel_sgd(
@@ -69,7 +61,7 @@ def kernel_sgd(
         The coefficients and the error curves. A run that diverges ends early, with a warning and errors of 1.
 
     Raises:
-        TypeError: A kernel is not a floating-point tensor.
+        TypeError: A kernel is not a float32 or float64 tensor.
         ValueError: Shapes, labels, steps or values are not usable.
 
     Example:
@@ -83,10 +75,11 @@ def kernel_sgd(
             f"{tuple(initial_coefficients.shape)}."
         )
     sets = {"test": (test_kernel, test_targets), "val": (val_kernel, val_targets)}
-    given = _checked(kernel, targets[None], sets, lambda labels: labels[None])
+    given = check_problem(kernel, targets[None], sets, lambda labels: labels[None])
+    steps = _evaluation_steps(eval_every, optimizer, len(kernel))
     with progress_bar("kernel SGD", optimizer.total_steps(len(kernel)), "steps", enabled=progress) as report:
         start = None if initial_coefficients is None else initial_coefficients[None]
-        return _fit_together(kernel, targets[None], given, [optimizer], eval_every, evaluate_train, report, start)[0]
+        return _fit_together(kernel, targets[None], given, [optimizer], steps, evaluate_train, report, start)[0]
 
 
 def kernel_sgd_grid(
@@ -126,7 +119,7 @@ def kernel_sgd_grid(
         The fit of each (size, optimizer, index of the label vector).
 
     Raises:
-        TypeError: A kernel is not a floating-point tensor.
+        TypeError: A kernel is not a float32 or float64 tensor.
         ValueError: Shapes, labels, steps, sizes or values are not usable.
 
     Example:
@@ -137,7 +130,7 @@ def kernel_sgd_grid(
     """
     targets = torch.atleast_2d(targets)
     sets = {"test": (test_kernel, test_targets), "val": (val_kernel, val_targets)}
-    given = _checked(kernel, targets, sets, torch.atleast_2d)
+    given = check_problem(kernel, targets, sets, torch.atleast_2d)
     sizes = [len(kernel)] if sizes is None else sizes
     if not optimizers or not sizes or not all(1 <= size <= len(kernel) for size in sizes):
         raise ValueError(f"Give at least one optimizer and sizes between 1 and {len(kernel)}, got {sizes=}.")
@@ -145,45 +138,24 @@ def kernel_sgd_grid(
     for size in dict.fromkeys(sizes):
         for optimizer in dict.fromkeys(optimizers):
             groups.setdefault((size, replace(optimizer, lr=1.0, momentum=0.0)), []).append(optimizer)
+    steps = {(size, order): _evaluation_steps(eval_every, order, size) for size, order in groups}
     fits: dict[tuple[int, OptimizerConfig, int], KernelFit] = {}
     total = sum(order.total_steps(size) for size, order in groups)
     with progress_bar("kernel SGD", total, "steps", enabled=progress) as report:
-        for (size, _), members in groups.items():
+        for (size, order), members in groups.items():
             nested = kernel[:size, :size], targets[:, :size], {name: (k[:, :size], y) for name, (k, y) in given.items()}
-            results = _fit_together(*nested, members, eval_every, evaluate_train, report)
+            results = _fit_together(*nested, members, steps[size, order], evaluate_train, report)
             keys = [(size, optimizer, label) for optimizer in members for label in range(len(targets))]
             fits.update(zip(keys, results, strict=True))
     return fits
 
 
-def _checked(
-    kernel: Tensor,
-    targets: Tensor,
-    sets: Mapping[str, tuple[Tensor | None, Tensor | None]],
-    lead: Callable[[Tensor], Tensor],
-) -> _Sets:
-    """Check the Gram, the label vectors and the evaluation sets; keep the sets that are given."""
-    check_kernel(kernel)
-    for vector in targets:
-        check_targets("targets", vector, len(kernel))
-    given = {}
-    for name, (rows, vectors) in sets.items():
-        labels = None if vectors is None else lead(vectors)
-        if labels is not None and len(labels) != len(targets):
-            raise ValueError(f"{name}_targets must hold {len(targets)} label vectors as targets, got {len(labels)}.")
-        for vector in [None] if labels is None else labels:
-            check_evaluation_set(name, rows, vector, targets[0], kernel)
-        if rows is not None and labels is not None:
-            given[name] = rows, labels
-    return given
-
-
 def _fit_together(
     kernel: Tensor,
     targets: Tensor,
-    sets: _Sets,
+    sets: Mapping[str, tuple[Tensor, Tensor]],
     optimizers: Sequence[OptimizerConfig],
-    eval_every: int | Sequence[int] | None,
+    steps: Sequence[int],
     evaluate_train: bool,
     report: Callable[[float], None],
     initial: Tensor | None = None,
@@ -193,8 +165,6 @@ def _fit_together(
     outputs, kernel = math.prod(shape), kernel.detach()
     sets = {**sets, "train": (kernel, targets)} if evaluate_train else sets
     _warn_above_critical(kernel, optimizers, outputs)
-    total = order.total_steps(n)
-    steps = _evaluation_steps(eval_every, order.steps_per_epoch(n), total)
 
     def rows(labels: Tensor) -> Tensor:
         """(r, m) or (r, m, C) to (pairs, C, m)."""
@@ -212,7 +182,8 @@ def _fit_together(
     for curve in curves.values():
         curve[1] = torch.inf
 
-    batches, done = order.schedule(n), 0
+    batches, done, total = order.schedule(n), 0, order.total_steps(n)
+    position = {step: i for i, step in enumerate(steps)}
     finite = torch.ones(len(pairs), dtype=torch.bool)
     for stop in sorted({*steps, total}):
         while done < stop and finite.any():
@@ -223,9 +194,9 @@ def _fit_together(
         finite = torch.isfinite(coefficients).view(len(pairs), -1).all(1)
         if not finite.any():
             break
-        for name in sets if stop in steps else ():
+        for name in sets if stop in position else ():
             predictions = product(sets[name][0].detach(), coefficients).double().view_as(truths[name])
-            curves[name][..., steps.index(stop)] = torch.stack(error_and_loss(predictions.mT, truths[name].mT))
+            curves[name][..., position[stop]] = torch.stack(error_and_loss(predictions.mT, truths[name].mT))
     if not finite.all():
         warnings.warn(
             f"{int((~finite).sum())} of {len(pairs)} kernel fits of {n} samples diverged (by step {done} of {total}); "
@@ -245,9 +216,10 @@ def _fit_together(
     ]
 
 
-def _evaluation_steps(eval_every: int | Sequence[int] | None, steps_per_epoch: int, total: int) -> list[int]:
+def _evaluation_steps(eval_every: int | Sequence[int] | None, order: OptimizerConfig, n: int) -> list[int]:
+    total = order.total_steps(n)
     if eval_every is None:
-        eval_every = steps_per_epoch
+        eval_every = order.steps_per_epoch(n)
     if isinstance(eval_every, int):
         if eval_every < 1:
             raise ValueError(f"eval_every must be at least 1 step, got {eval_every}.")

@@ -26,7 +26,7 @@ def product(kernel: Tensor, coefficients: Tensor) -> Tensor:
         (R, m), in the kernel's dtype.
     """
     models = coefficients.to(kernel.dtype)
-    if kernel.device.type != "cpu" or len(models) > 1:
+    if kernel.device.type != "cpu":
         return models @ kernel.T
     flat, stride = _flat(kernel)
     out = kernel.new_empty(len(models), len(kernel))
