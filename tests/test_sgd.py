@@ -300,3 +300,13 @@ def test_grid_rejects_bad_input() -> None:
         kernel_sgd_grid(kernel, targets, [OptimizerConfig(), OptimizerConfig(seed=1)], eval_every=[21])
     with pytest.raises(ValueError, match="2 label vectors"):
         kernel_sgd_grid(kernel, targets, [OptimizerConfig()], test_kernel=kernel, test_targets=targets[0])
+
+
+def test_torch_keeps_its_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        kernel_sgd(torch.eye(4), torch.ones(4), OptimizerConfig(lr=0.1, epochs=1))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

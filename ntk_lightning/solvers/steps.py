@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numba
 import numpy as np
@@ -30,7 +31,8 @@ def product(kernel: Tensor, coefficients: Tensor) -> Tensor:
         return models @ kernel.T
     flat, stride = _flat(kernel)
     out = kernel.new_empty(len(models), len(kernel))
-    _rows_product(flat, stride, np.arange(len(kernel)), models.contiguous().numpy(), out.numpy())
+    with _torch_threads():
+        _rows_product(flat, stride, np.arange(len(kernel)), models.contiguous().numpy(), out.numpy())
     return out
 
 
@@ -61,9 +63,9 @@ def advance(
         flat, stride = _flat(kernel)
         ends = np.cumsum([0, *map(len, batches)])
         state = coefficients.numpy(), velocity.numpy()
-        _advance_cpu(
-            flat, stride, targets.numpy(), torch.cat(list(batches)).numpy(), ends, *state, rates.numpy(), outputs
-        )
+        order = torch.cat(list(batches)).numpy()
+        with _torch_threads():
+            _advance_cpu(flat, stride, targets.numpy(), order, ends, *state, rates.numpy(), outputs)
     else:
         _advance_torch(kernel, targets, batches, coefficients, velocity, rates, outputs)
 
@@ -139,6 +141,17 @@ def _advance_cpu(
                 velocity[r, batch[i]] += scale * (predictions[r, i] - targets[r, batch[i]])
             coefficients[r] -= lr * velocity[r]
             models[r] = coefficients[r]
+
+
+@contextmanager
+def _torch_threads() -> Iterator[None]:
+    """Compute on as many threads as torch, and leave torch its number, which Numba's OpenMP layer overwrites."""
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _flat(matrix: Tensor) -> tuple[NDArray[np.floating], int]:
