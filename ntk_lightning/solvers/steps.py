@@ -147,7 +147,7 @@ def _advance_cpu(
 def _torch_threads() -> Iterator[None]:
     """Compute on as many threads as torch, and leave torch its number, which Numba's OpenMP layer overwrites."""
     threads = torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]  # set at import
     try:
         yield
     finally:
