@@ -9,9 +9,9 @@ pooling mixes them (Novak et al., 2019, arXiv 1810.05148):
 
 Variances belong to one image, so they are computed once an image, from the few offsets that reach offset 0.
 
-Both backends, ``offset_planes_cpu`` and ``offset_planes_cuda``, have one function of the same signature,
+Both backends, ``offset_planes_cpu`` and ``offset_planes_cuda``, have two functions of the same signature,
 
-    gram(layers, kind, x1, x2, advance) -> Tensor (n1, n2),
+    gram(layers, kind, x1, x2, advance) -> Tensor (n1, n2)    and    diag(layers, kind, x) -> Tensor (n,),
 
 with ``layers`` from :func:`ntk_lightning.kernels.layers.parse`, checked by :func:`unsupported`; ``kind`` "ntk" or
 "nngp"; checked images ``x1`` (n1, C, H, W) and ``x2`` (n2, C, H, W), or None for the symmetric Gram of x1, of which one
@@ -70,29 +70,33 @@ def unsupported(layers: Sequence[Layer], shape: tuple[int, ...]) -> str | None:
         shape: Spatial shape of the inputs: (H, W) in pixels, () for vectors.
 
     Returns:
-        One clause that names the obstacle, or None where there is none.
+        A clause about the network that names the obstacle, or None where there is none.
 
     Example:
         >>> unsupported([Linear(1.0, 0.0)], ())
-        'the inputs are vectors, not images'
+        'its inputs are vectors, not images'
     """
     if len(shape) != 2:
-        return "the inputs are vectors, not images"
+        return "its inputs are vectors, not images"
     flat, previous = False, None
+    if not any(isinstance(layer, Conv) for layer in layers):
+        return "it has no convolution"
     for layer in layers:
         match layer:
+            case Pool() if previous is None:
+                return "it pools the images: pool them before"
             case Conv(kernel_size=3, pad=1, stride=1) | Pool(kernel_size=2, stride=2) if not flat:
                 pass
             case Activation() if flat or isinstance(previous, Conv):
                 pass
             case Activation():
-                return f"{layer} does not directly follow a convolution"
+                return f"in it {layer} does not directly follow a convolution"
             case GlobalAvgPool() | Flatten():
                 flat = True
             case Linear() if flat:
                 pass
             case _:
-                return f"{layer} is none of 3x3 convolution with 'same' padding and stride 1, activation, 2x2 pooling"
+                return f"{layer} is neither a 3x3 convolution with padding 'same' and stride 1 nor 2x2 pooling with stride 2"
         previous = layer
     return None
 
