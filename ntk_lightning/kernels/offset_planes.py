@@ -9,9 +9,9 @@ pooling mixes them (Novak et al., 2019, arXiv 1810.05148):
 
 Variances belong to one image, so they are computed once an image, from the few offsets that reach offset 0.
 
-Both backends, ``offset_planes_cpu`` and ``offset_planes_cuda``, have two functions of the same signature,
+Both backends, ``offset_planes_cpu`` and ``offset_planes_cuda``, have one function of the same signature,
 
-    gram(layers, kind, x1, x2, advance) -> Tensor (n1, n2)    and    diag(layers, kind, x) -> Tensor (n,),
+    gram(layers, kind, x1, x2, advance) -> Tensor (n1, n2),
 
 with ``layers`` from :func:`ntk_lightning.kernels.layers.parse`, checked by :func:`unsupported`; ``kind`` "ntk" or
 "nngp"; checked images ``x1`` (n1, C, H, W) and ``x2`` (n2, C, H, W), or None for the symmetric Gram of x1, of which one
@@ -78,9 +78,8 @@ def unsupported(layers: Sequence[Layer], shape: tuple[int, ...]) -> str | None:
     """
     if len(shape) != 2:
         return "its inputs are vectors, not images"
-    flat, previous = False, None
-    if not any(isinstance(layer, Conv) for layer in layers):
-        return "it has no convolution"
+    flat = False
+    previous: Layer | None = None
     for layer in layers:
         match layer:
             case Pool() if previous is None:
@@ -96,9 +95,9 @@ def unsupported(layers: Sequence[Layer], shape: tuple[int, ...]) -> str | None:
             case Linear() if flat:
                 pass
             case _:
-                return f"{layer} is neither a 3x3 convolution with padding 'same' and stride 1 nor 2x2 pooling with stride 2"
+                return f"{layer} is neither a 3x3 convolution with 'same' padding and stride 1 nor 2x2 pooling"
         previous = layer
-    return None
+    return None if any(isinstance(layer, Conv) for layer in layers) else "it has no convolution"
 
 
 def plan(layers: Sequence[Layer]) -> Plan:

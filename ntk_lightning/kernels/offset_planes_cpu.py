@@ -94,10 +94,7 @@ class _Program:
             store = scratch + (4 + 4 * count) * span
             store_gap = height**2 * (rows + 1) * lanes + 2 * border if depth else 0
             at[deep] = store + 2 * store_gap
-            neighbour, tiny = (
-                1 if self.flat else lanes + 1,
-                float(np.finfo(self.dtypes[0]).eps) * (0.01 if deep else 0.6),
-            )
+            neighbour, tiny = 1 if self.flat else lanes + 1, rounding * (0.01 if deep else 0.6)
             numbers = height, width, rows, lanes, neighbour, lanes1, first, count, min(window, height - 1)
             levels.append((*numbers, deep, cut, scratch, span, store, store_gap, tiny))
         every = self.flat or reach[-1] > 0
