@@ -233,17 +233,18 @@ def _probe(
 
     def cut(name: str, a: Tensor, z: Tensor) -> Tensor:
         vectors[name] += a.numel() // layers[name].module.in_features
-        return z.detach()
+        return z.detach() + 0 * a.sum()  # reaches its input, not its parameters
 
     leaves = {name: tensors[name].clone().requires_grad_() for name in trainable}
     with torch.enable_grad(), _hooked(layers, cut):
         out = functional_call(net, {**tensors, **leaves}, (sample,))
+        summed = out.sum() if isinstance(out, Tensor) else torch.zeros(())
     if not isinstance(out, Tensor) or out.dim() not in (1, 2) or len(out) != 1 or out.numel() == 0:
         got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(f"The network must map (n, ...) to (n,) or (n, outputs); one sample gave {got}.")
-    used = set()  # with the layers' results cut off from autograd, the output depends on what is used elsewhere too
-    if out.requires_grad:
-        gradients = torch.autograd.grad(out.sum(), list(leaves.values()), allow_unused=True)
+    used = set()
+    if summed.requires_grad:
+        gradients = torch.autograd.grad(summed, list(leaves.values()), allow_unused=True)
         used = {name for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
 
     def alone(name: str) -> bool:

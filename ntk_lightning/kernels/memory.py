@@ -15,7 +15,7 @@ WIDENED_COLUMNS = 2**14  # of bfloat16 rows, turned into float32 at once
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**31}  # on a CPU small tensors are faster: they stay in the cache and the heap
-_BLOCK = 256
+_BLOCK = 128
 
 
 @dataclass(frozen=True)
