@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -107,6 +108,9 @@ def test_certain_and_uninformative_fits() -> None:
     exact, other = (fit_power_law([100, 400], [[0.4, b], [0.4, b]], chance=None) for b in (0.2, 0.1))
     assert compare_exponents(exact, exact).p_value == 1
     assert compare_exponents(exact, other).p_value < 1e-12
+    exact, other = (replace(fit, standard_error=0.0) for fit in (exact, other))
+    assert compare_exponents(exact, exact).p_value == 1
+    assert compare_exponents(exact, other).p_value == 0
     single = fit_power_law([100, 400], [0.4, 0.2])
     assert single.beta == pytest.approx(0.5)
     assert single.beta_interval == (-math.inf, math.inf)

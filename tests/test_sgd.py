@@ -258,6 +258,7 @@ def test_averaging_over_outputs_raises_the_critical_rate(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"kernel": torch.ones(4)}, "non-empty matrix"),
         ({"kernel": torch.eye(4)[:3]}, "square"),
         ({"kernel": torch.eye(4, dtype=torch.int64)}, "float32 or float64"),
         ({"kernel": torch.eye(4, dtype=torch.bfloat16)}, "float32 or float64"),
