@@ -324,14 +324,16 @@ class EmpiricalNTK(nn.Module):
 @contextmanager
 def _rounding(precision: Literal["highest", "high"]) -> Iterator[None]:
     """Set how float32 products are rounded, whatever the caller set for training."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
-        torch.set_float32_matmul_precision(precision)
+        if products != precision:  # setting even the same value would change what torch inherits later
+            torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.allow_tf32 = precision == "high"
         yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+        if products != precision:
+            torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def _empty(rows: GradientRows, x1: Tensor, x2: Tensor) -> Tensor:

@@ -1,0 +1,83 @@
+"""The infinite-width NTK of the network being trained, fitted on the same data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from ntk_lightning.callbacks.kernel_fit import Arm, check_sizes, fit_nested
+from ntk_lightning.callbacks.run import evaluation_sets, log_metrics, log_table, network, run_config, samples
+from ntk_lightning.kernels import InfiniteNTK, KernelStore
+from ntk_lightning.kernels.infinite import Backend, Kind
+from ntk_lightning.optim import OptimizerConfig
+
+__all__ = ["InfiniteNTKFit"]
+
+
+class InfiniteNTKFit(Callback):
+    """Fit the infinite-width NTK of the trained network's architecture, as one more arm of the comparison.
+
+    Fitted by kernel SGD with the network's optimizer config and optimal early stopping; kept in the table
+    ``infinite_ntk.csv``.
+
+    Args:
+        fit_sizes: Sizes of nested training sets; by default the whole training set.
+        store: Folder that keeps the Gram, so that another run on the same images need not compute it and a killed run
+            goes on where it was; None keeps nothing.
+        kind: "ntk" or "nngp".
+        backend: See :class:`~ntk_lightning.kernels.InfiniteNTK`.
+        optimizer: Of the fits; by default the module's, for as long as the run.
+        network: Attribute of the Lightning module that holds the network.
+    """
+
+    def __init__(
+        self,
+        fit_sizes: list[int] | None = None,
+        store: str | None = None,
+        kind: Kind = "ntk",
+        backend: Backend = "auto",
+        optimizer: OptimizerConfig | None = None,
+        network: str = "net",
+    ) -> None:
+        self.sizes, self.store = fit_sizes, None if store is None else Path(store)
+        self.kind, self.backend, self.optimizer, self.network = kind, backend, optimizer, network
+        self._arms: list[Arm] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check, before anything is trained, that the network has an infinite-width kernel for these images."""
+        if stage == "fit":
+            train = samples(trainer, "train")
+            check_sizes(self.sizes, len(train), "training")
+            evaluation_sets(trainer)
+            run_config(trainer, pl_module, self.optimizer)
+            self._kernel(pl_module).check(train.x)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compute the Gram, fit it, and keep the table."""
+        kernel, train = self._kernel(pl_module), samples(trainer, "train")
+
+        def grams(x_train: Tensor, x_other: Tensor) -> tuple[Tensor, Tensor]:
+            if self.store is None:
+                return kernel(x_train, progress=True), kernel(x_other, x_train, progress=True)
+            stored = KernelStore(self.store, kernel, torch.cat([x_train, x_other]), block=64)
+            n = len(x_train)
+            return stored.gram(slice(0, n)), stored.gram(slice(n, None), slice(0, n))
+
+        sizes = check_sizes(self.sizes, len(train), "training")
+        optimizer = run_config(trainer, pl_module, self.optimizer)
+        fits = fit_nested(grams, train, evaluation_sets(trainer), optimizer, sizes)
+        name = "infinite NTK" if self.kind == "ntk" else "NNGP"
+        self._arms = [Arm.of_fit(name, n, fit) for n, fit in fits.items()]
+        log_table(trainer, f"infinite_{self.kind}", [vars(arm) for arm in self._arms])
+        for arm in self._arms:
+            log_metrics(trainer, {f"infinite_{self.kind}/test_error_{arm.n}": arm.optimal_error}, trainer.global_step)
+
+    def arms(self) -> list[Arm]:
+        """Summarize the fits."""
+        return self._arms
+
+    def _kernel(self, pl_module: LightningModule) -> InfiniteNTK:
+        return InfiniteNTK(network(pl_module, self.network), self.kind, self.backend)

@@ -1,0 +1,257 @@
+"""Callbacks measure what they say and leave the training bit-identical."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from tiny import OPTIMIZER, QUIET, data, fit, net
+from torch import Tensor, nn
+
+from ntk_lightning.callbacks import (
+    AfterKernel,
+    ComparisonTable,
+    EmpiricalNTKDynamics,
+    InfiniteNTKFit,
+    OptimalEarlyStopping,
+    StopAtTrainError,
+)
+from ntk_lightning.callbacks.empirical_ntk_dynamics import schedule
+from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK
+from ntk_lightning.modules import FiniteNetwork, InfiniteNTKReadout, KernelReadout
+from ntk_lightning.networks import MLP
+from ntk_lightning.optim import OptimizerConfig
+from ntk_lightning.solvers import kernel_sgd
+
+
+class Recorder(Logger):
+    """Keeps what it is handed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics: dict[str, list[tuple[int | None, float]]] = {}
+
+    name = property(lambda self: "recorder")
+    version = property(lambda self: "0")
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - Lightning's signature
+        """Ignore."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        for name, value in metrics.items():
+            self.metrics.setdefault(name, []).append((step, value))
+
+
+class NoisyDropout(nn.Module):
+    """Draws from the global random state in training: shows whether a callback moved it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.01 * torch.randn(x.shape, dtype=x.dtype) if self.training else x
+
+
+def all_callbacks() -> list[Callback]:
+    return [
+        OptimalEarlyStopping(),
+        EmpiricalNTKDynamics(every_n_batches=3),
+        AfterKernel([10, 20], fresh=True),
+        InfiniteNTKFit(),
+        StopAtTrainError(0.0),
+        ComparisonTable(),
+    ]
+
+
+def weights(module: LightningModule) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def test_training_with_and_without_callbacks_ends_in_bit_identical_weights(tmp_path: Path) -> None:
+    ends = []
+    for callbacks in ([], all_callbacks()):
+        module = FiniteNetwork(net(), OPTIMIZER)
+        torch.manual_seed(5)
+        fit(module, data(fresh=20), callbacks=callbacks, precision="32-true", min_epochs=3, default_root_dir=tmp_path)
+        ends.append((weights(module), torch.get_rng_state(), module.training))
+    assert all(torch.equal(a, b) for a, b in zip(ends[0][0], ends[1][0], strict=True))
+    assert torch.equal(ends[0][1], ends[1][1])
+    assert ends[0][2] == ends[1][2]
+
+
+def test_a_network_that_draws_random_numbers_is_not_disturbed_either(tmp_path: Path) -> None:
+    ends = []
+    for callbacks in ([], [OptimalEarlyStopping(), StopAtTrainError(0.0), AfterKernel()]):
+        network = nn.Sequential(NoisyDropout(), *net())
+        module = FiniteNetwork(network, OPTIMIZER)
+        torch.manual_seed(5)
+        fit(module, data(), callbacks=callbacks, precision="32-true", min_epochs=3, default_root_dir=tmp_path)
+        ends.append(weights(module))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_dynamics_fit_the_kernel_of_that_moment(tmp_path: Path) -> None:
+    dynamics, logger = EmpiricalNTKDynamics(every_n_batches=4), Recorder()
+    module, datamodule = FiniteNetwork(net(), OPTIMIZER), data()
+    fit(module, datamodule, callbacks=[dynamics], logger=logger, default_root_dir=tmp_path)
+    assert [row["step"] for row in dynamics.rows] == [0, 4, 8, 12]
+    assert datamodule.train_set is not None
+    assert datamodule.test_set is not None
+    x, x_test = datamodule.train_set.x.double(), datamodule.test_set.x.double()
+    config = OptimizerConfig(lr=2.0, momentum=0.9, batch_size=12, epochs=3)
+    for row, network in ((dynamics.rows[0], net().double()), (dynamics.rows[-1], module.net)):
+        kernel = EmpiricalNTK(network)
+        expected = kernel_sgd(
+            kernel(x), datamodule.train_set.y, config, test_kernel=kernel(x_test, x), test_targets=datamodule.test_set.y
+        )
+        assert row["optimal_error"] == expected.optimal_error
+        assert row["last_error"] == expected.last_error
+        with torch.no_grad():
+            wrong = network(x_test)[:, 0] * datamodule.test_set.y <= 0
+        assert row["network_error"] == pytest.approx(wrong.double().mean().item())
+    assert [step for step, _ in logger.metrics["empirical_ntk/test_error"]] == [0, 4, 8, 12]
+    with (tmp_path / "recorder" / "0" / "kernel_dynamics.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == [0, 4, 8, 12]
+    assert (tmp_path / "recorder" / "0" / "kernel_dynamics.png").stat().st_size > 10_000
+
+
+def test_schedules_hold_both_ends() -> None:
+    assert sorted(schedule(10, 4, 30)) == [0, 4, 8, 10]
+    spaced = sorted(schedule(1000, None, 30))
+    assert spaced[:3] == [0, 1, 2]
+    assert spaced[-1] == 1000
+    assert 20 < len(spaced) <= 31
+
+
+def test_after_kernel_measures_seen_and_fresh_samples(tmp_path: Path) -> None:
+    after, datamodule = AfterKernel([10, 20], fresh=True), data(fresh=20)
+    module = FiniteNetwork(net(), OPTIMIZER)
+    fit(module, datamodule, callbacks=[after], default_root_dir=tmp_path)
+    assert [(arm.name, arm.n) for arm in after.arms()] == [
+        ("after-kernel", 10),
+        ("after-kernel", 20),
+        ("after-kernel, fresh samples", 10),
+        ("after-kernel, fresh samples", 20),
+    ]
+    assert datamodule.fresh_set is not None
+    assert datamodule.test_set is not None
+    kernel, x, y = EmpiricalNTK(module.net), datamodule.fresh_set.x.double()[:10], datamodule.fresh_set.y[:10]
+    expected = kernel_sgd(
+        kernel(x),
+        y,
+        OptimizerConfig(lr=2.0, momentum=0.9, batch_size=12, epochs=3),
+        test_kernel=kernel(datamodule.test_set.x.double(), x),
+        test_targets=datamodule.test_set.y,
+    )
+    assert after.arms()[2].optimal_error == expected.optimal_error
+
+
+def test_infinite_fit_equals_the_infinite_readout_and_reuses_its_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopping = OptimalEarlyStopping()
+    fit(InfiniteNTKReadout(net(), OPTIMIZER), data(), callbacks=[stopping], default_root_dir=tmp_path)
+    for _ in range(2):
+        arm = InfiniteNTKFit(store=str(tmp_path / "grams"))
+        fit(FiniteNetwork(net(), OPTIMIZER), data(), callbacks=[arm], default_root_dir=tmp_path)
+        assert arm.arms()[0].optimal_error == pytest.approx(stopping.arms()[0].optimal_error)
+        assert arm.arms()[0].last_error == pytest.approx(stopping.arms()[0].last_error)
+
+        def refuse(*args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401 - any call
+            raise AssertionError("the second run computes kernel entries again")
+
+        monkeypatch.setattr(InfiniteNTK, "__call__", refuse)
+
+
+def test_optimal_early_stopping_reports_least_last_and_validated_error(tmp_path: Path) -> None:
+    stopping, logger = OptimalEarlyStopping(), Recorder()
+    module = FiniteNetwork(net(), OPTIMIZER)
+    fit(module, data(n_val=10), epochs=6, callbacks=[stopping], logger=logger, default_root_dir=tmp_path)
+    errors = [row["test_error"] for row in stopping.rows]
+    assert [row["step"] for row in stopping.rows] == [4, 8, 12, 16, 20, 24]
+    arm = stopping.arms()[0]
+    best_validation = min(range(6), key=lambda i: stopping.rows[i]["val_error"])
+    assert (arm.optimal_error, arm.last_error, arm.validated_error) == (
+        min(errors),
+        errors[-1],
+        errors[best_validation],
+    )
+    assert arm.name == "finite network"
+    assert arm.n == 40
+    assert logger.metrics["test/optimal_error"] == [(24, min(errors))]
+
+
+def test_training_stops_at_the_exact_training_error(tmp_path: Path) -> None:
+    module, datamodule = FiniteNetwork(net(), OPTIMIZER), data()
+    trainer = fit(module, datamodule, epochs=200, callbacks=[StopAtTrainError(0.05)], default_root_dir=tmp_path)
+    assert 1 < trainer.current_epoch < 200
+    assert datamodule.train_set is not None
+    with torch.no_grad():
+        outputs = module(datamodule.train_set.x.double())[:, 0]
+    error = (outputs * datamodule.train_set.y <= 0).double().mean().item()
+    assert error <= 0.05
+    assert trainer.callback_metrics["train/exact_error"].item() == pytest.approx(error)
+
+
+def test_table_names_every_arm_with_its_n(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(FiniteNetwork(net(), OPTIMIZER), data(fresh=20), callbacks=all_callbacks(), default_root_dir=tmp_path)
+    with (tmp_path / "comparison.csv").open() as file:
+        arms = {(row["name"], int(row["n"])) for row in csv.DictReader(file)}
+    assert arms == {
+        ("finite network", 40),
+        ("empirical NTK at initialization", 40),
+        ("infinite NTK", 40),
+        ("after-kernel", 10),
+        ("after-kernel", 20),
+        ("after-kernel, fresh samples", 10),
+        ("after-kernel, fresh samples", 20),
+    }
+    printed = capsys.readouterr().out
+    for name in ("finite network", "empirical NTK at initialization", "infinite NTK", "after-kernel", str(tmp_path)):
+        assert name in printed.replace("\n", "")
+
+
+def test_early_stop_still_extracts_the_last_kernel(tmp_path: Path) -> None:
+    dynamics = EmpiricalNTKDynamics(every_n_batches=1000)
+    module = FiniteNetwork(net(), OPTIMIZER)
+    trainer = fit(module, data(), 200, callbacks=[dynamics, StopAtTrainError(0.4)], default_root_dir=tmp_path)
+    assert [row["step"] for row in dynamics.rows] == [0, trainer.global_step]
+
+
+@pytest.mark.parametrize(
+    ("callback", "module", "kwargs", "error", "message"),
+    [
+        (AfterKernel(fresh=True), FiniteNetwork(net()), {}, TypeError, "needs the whole fresh set"),
+        (AfterKernel([41]), FiniteNetwork(net()), {}, ValueError, "between 1 and the 40 samples"),
+        (EmpiricalNTKDynamics(network="model"), FiniteNetwork(net()), {}, AttributeError, "has no network 'model'"),
+        (InfiniteNTKFit(), FiniteNetwork(MLP(2, 1, 192, nn.Tanh)), {}, TypeError, "no infinite-width kernel"),
+        (EmpiricalNTKDynamics(), FiniteNetwork(net()), {"max_epochs": -1}, ValueError, "The Trainer never ends"),
+    ],
+)
+def test_what_is_missing_is_said_before_training(
+    callback: Callback, module: LightningModule, kwargs: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    before = weights(module)
+    trainer = Trainer(callbacks=[callback], **{"max_epochs": 1, **QUIET, **kwargs})
+    with pytest.raises(error, match=message):
+        trainer.fit(module, datamodule=data())
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(module), strict=True))
+
+
+def test_constructor_arguments_are_checked() -> None:
+    with pytest.raises(ValueError, match="not both"):
+        EmpiricalNTKDynamics(every_n_batches=1, log_spaced=2)
+    with pytest.raises(ValueError, match="at least 1"):
+        EmpiricalNTKDynamics(every_n_batches=0)
+    with pytest.raises(ValueError, match="fraction in"):
+        StopAtTrainError(1.5)
+
+
+def test_kernel_readouts_can_be_stopped_and_reported_too(tmp_path: Path) -> None:
+    stopping = OptimalEarlyStopping()
+    module = KernelReadout(EmpiricalNTK(net()), OPTIMIZER)
+    trainer = fit(module, data(), 50, callbacks=[stopping, StopAtTrainError(0.3)], default_root_dir=tmp_path)
+    assert trainer.current_epoch < 50
+    assert stopping.arms()[0].name == "kernel readout"
