@@ -4,7 +4,9 @@ from ntk_lightning.callbacks.after_kernel import AfterKernel
 from ntk_lightning.callbacks.comparison_table import ComparisonTable
 from ntk_lightning.callbacks.empirical_ntk_dynamics import EmpiricalNTKDynamics
 from ntk_lightning.callbacks.infinite_ntk_fit import InfiniteNTKFit
+from ntk_lightning.callbacks.kernel_diagnostics import KernelDiagnostics
 from ntk_lightning.callbacks.optimal_early_stopping import OptimalEarlyStopping
+from ntk_lightning.callbacks.scheduled import ScheduledCallback
 from ntk_lightning.callbacks.stop_at_train_error import StopAtTrainError
 
 __all__ = [
@@ -12,6 +14,8 @@ __all__ = [
     "ComparisonTable",
     "EmpiricalNTKDynamics",
     "InfiniteNTKFit",
+    "KernelDiagnostics",
     "OptimalEarlyStopping",
+    "ScheduledCallback",
     "StopAtTrainError",
 ]

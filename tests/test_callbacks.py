@@ -18,10 +18,11 @@ from ntk_lightning.callbacks import (
     ComparisonTable,
     EmpiricalNTKDynamics,
     InfiniteNTKFit,
+    KernelDiagnostics,
     OptimalEarlyStopping,
     StopAtTrainError,
 )
-from ntk_lightning.callbacks.empirical_ntk_dynamics import schedule
+from ntk_lightning.callbacks.scheduled import schedule
 from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK
 from ntk_lightning.modules import FiniteNetwork, InfiniteNTKReadout, KernelReadout
 from ntk_lightning.networks import MLP
@@ -58,6 +59,7 @@ def all_callbacks() -> list[Callback]:
     return [
         OptimalEarlyStopping(),
         EmpiricalNTKDynamics(every_n_batches=3),
+        KernelDiagnostics(log_spaced=4, probe_size=20),
         AfterKernel([10, 20], fresh=True),
         InfiniteNTKFit(),
         StopAtTrainError(0.0),
@@ -115,6 +117,26 @@ def test_dynamics_fit_the_kernel_of_that_moment(tmp_path: Path) -> None:
     with (tmp_path / "recorder" / "0" / "kernel_dynamics.csv").open() as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == [0, 4, 8, 12]
     assert (tmp_path / "recorder" / "0" / "kernel_dynamics.png").stat().st_size > 10_000
+
+
+def test_diagnostics_follow_the_kernel_of_the_probe_set(tmp_path: Path) -> None:
+    diagnostics, logger = KernelDiagnostics(every_n_batches=4, probe_size=16, leading=3), Recorder()
+    module, datamodule = FiniteNetwork(net(), OPTIMIZER), data()
+    fit(module, datamodule, callbacks=[diagnostics], logger=logger, default_root_dir=tmp_path)
+    assert [row["step"] for row in diagnostics.rows] == [0, 4, 8, 12]
+    first, last = diagnostics.rows[0], diagnostics.rows[-1]
+    assert first["alignment_with_initial"] == pytest.approx(1)
+    assert first["distance_to_initial"] == pytest.approx(0, abs=1e-12)
+    assert first["velocity"] is None
+    assert datamodule.train_set is not None
+    x, y = datamodule.train_set.x[:16].double(), datamodule.train_set.y[:16].double()
+    initial, final = EmpiricalNTK(net().double())(x), EmpiricalNTK(module.net)(x)
+    cosine = (initial * final).sum() / (initial.norm() * final.norm())
+    assert last["distance_to_initial"] == pytest.approx(1 - cosine.item(), abs=1e-9)
+    assert last["target_alignment"] == pytest.approx((y @ final @ y / (final.norm() * y.dot(y))).item())
+    assert last["eigenvalue_1"] == pytest.approx(torch.linalg.eigvalsh(final)[-1].item())
+    assert [step for step, _ in logger.metrics["kernel/velocity"]] == [4, 8, 12]
+    assert (tmp_path / "recorder" / "0" / "kernel_diagnostics.png").stat().st_size > 10_000
 
 
 def test_schedules_hold_both_ends() -> None:
@@ -245,6 +267,8 @@ def test_constructor_arguments_are_checked() -> None:
         EmpiricalNTKDynamics(every_n_batches=1, log_spaced=2)
     with pytest.raises(ValueError, match="at least 1"):
         EmpiricalNTKDynamics(every_n_batches=0)
+    with pytest.raises(ValueError, match="at most probe_size"):
+        KernelDiagnostics(probe_size=3)
     with pytest.raises(ValueError, match="fraction in"):
         StopAtTrainError(1.5)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-__all__ = ["draw_dynamics"]
+__all__ = ["draw_diagnostics", "draw_dynamics"]
 
 COLORS = {"network": "#1b6ca8", "empirical": "#d1495b", "initial": "#8d6a9f", "infinite": "#2e8b57"}
 
@@ -26,27 +27,63 @@ def draw_dynamics(rows: Sequence[dict[str, Any]]) -> Figure:
         The figure.
     """
     steps = [row["step"] for row in rows]
-    figure, axes = _figure()
-    axes.set_xscale("symlog", linthresh=1, linscale=0.3)
+    figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    _time_axis(axes)
     axes.set_yscale("log")
+    percent = FuncFormatter(lambda value, _: f"{100 * value:g}%")
+    axes.yaxis.set_major_formatter(percent)
+    axes.yaxis.set_minor_formatter(percent)
     kernel_errors = [row["optimal_error"] for row in rows]
     style: dict[str, Any] = {"markersize": 4, "linewidth": 1.8}
     axes.plot(steps, [row["network_error"] for row in rows], "o-", color=COLORS["network"], label="network", **style)
     axes.plot(steps, kernel_errors, "s-", color=COLORS["empirical"], label="$K^t$, fitted to the whole set", **style)
     axes.axhline(kernel_errors[0], color=COLORS["initial"], linestyle="--", linewidth=1.4, label="$K^0$, fitted")
-    axes.set_xlabel("training step $t$ (batches)")
     axes.set_ylabel("test error")
     axes.set_title(f"Empirical NTK during training, n = {rows[-1]['n']}", loc="left")
     axes.legend(frameon=False)
     return figure
 
 
-def _figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
-    axes = figure.subplots()
+def draw_diagnostics(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Draw how the empirical NTK moves and turns during training.
+
+    Args:
+        rows: One a step, with the columns of :class:`~ntk_lightning.callbacks.KernelDiagnostics`.
+
+    Returns:
+        The figure: alignments, distance and velocity, effective rank, eigenvalues.
+    """
+    figure = Figure(figsize=(9.6, 6.4), dpi=150, layout="constrained")
+    panels = figure.subplots(2, 2)
+    eigenvalues = {name: f"$\\lambda_{{{name.split('_')[1]}}}$" for name in rows[0] if name.startswith("eigenvalue_")}
+    contents = (
+        (
+            "alignment",
+            {
+                "alignment_with_initial": "CKA with $K^0$",
+                "target_alignment": "with $yy'$",
+                "target_share": "share of $y$",
+            },
+        ),
+        ("movement", {"distance_to_initial": "distance to $K^0$", "velocity": "velocity per step"}),
+        ("effective rank", {"effective_rank": "effective rank"}),
+        ("leading eigenvalues", eigenvalues),
+    )
+    for axes, (title, columns) in zip(panels.flat, contents, strict=True):
+        _time_axis(axes)
+        axes.set_title(title, loc="left")
+        for (column, label), color in zip(columns.items(), cycle(COLORS.values())):
+            points = [(row["step"], row[column]) for row in rows if row[column] is not None]
+            axes.plot(*zip(*points, strict=True), "o-", color=color, label=label, markersize=3.5, linewidth=1.6)
+        if title == "leading eigenvalues":
+            axes.set_yscale("log")
+        axes.legend(frameon=False)
+    return figure
+
+
+def _time_axis(axes: Axes) -> None:
     axes.grid(which="major", color="0.88", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    percent = FuncFormatter(lambda value, _: f"{100 * value:g}%")
-    axes.yaxis.set_major_formatter(percent)
-    axes.yaxis.set_minor_formatter(percent)
-    return figure, axes
+    axes.set_xscale("symlog", linthresh=1, linscale=0.3)
+    axes.set_xlabel("training step $t$ (batches)")

@@ -1,0 +1,106 @@
+"""How the empirical NTK moves and turns during training, measured on a fixed probe set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from torch import Tensor
+
+from ntk_lightning.callbacks.kernel_fit import check_sizes
+from ntk_lightning.callbacks.run import evaluation_kernel, log_figure, log_metrics, log_table, network, samples
+from ntk_lightning.callbacks.scheduled import ScheduledCallback
+from ntk_lightning.kernels.diagnostics import (
+    centered_kernel_alignment,
+    effective_rank,
+    kernel_distance,
+    kernel_target_alignment,
+    kernel_velocity,
+    leading_eigenvalues,
+    target_share,
+)
+from ntk_lightning.scaling.figures import draw_diagnostics
+
+__all__ = ["KernelDiagnostics"]
+
+
+class KernelDiagnostics(ScheduledCallback):
+    """Log measures of K^t, the empirical NTK after t steps, on the first training samples.
+
+    Centered kernel alignment with K^0 (Cortes et al., 2012), kernel-target alignment (Cristianini et al., 2001),
+    distance to K^0 and velocity (Fort et al., 2020, arXiv 2010.15110), effective rank (Roy and Vetterli, 2007), leading
+    eigenvalues, and the share of the labels in the leading eigenvectors: the formulas are in
+    :mod:`ntk_lightning.kernels.diagnostics`. Kept in ``kernel_diagnostics.csv`` and drawn in
+    ``kernel_diagnostics.png``. The training is not disturbed.
+
+    Args:
+        every_n_batches: Measure every so many steps.
+        log_spaced: Measure at about this many logarithmically spaced steps instead (30 if neither is given).
+        probe_size: Samples of the probe set; fewer where the training set is smaller.
+        leading: Number of leading eigenvalues, and of eigenvectors for the share of the labels.
+        network: Attribute of the Lightning module that holds the network.
+        memory: Budget of an extraction, such as "4GB".
+
+    Raises:
+        ValueError: Both schedules are given, or a number is below 1.
+    """
+
+    def __init__(
+        self,
+        every_n_batches: int | None = None,
+        log_spaced: int | None = None,
+        probe_size: int = 200,
+        leading: int = 5,
+        network: str = "net",
+        memory: str = "4GB",
+    ) -> None:
+        super().__init__(every_n_batches, log_spaced)
+        if not 1 <= leading <= probe_size:
+            raise ValueError(f"leading must be at least 1 and at most probe_size, got {leading} and {probe_size}.")
+        self.probe_size, self.leading, self.network, self.memory = probe_size, leading, network, memory
+        self._initial: Tensor | None = None
+        self._previous: Tensor | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check, before anything is trained, that everything is there."""
+        if stage == "fit":
+            check_sizes([self.leading], len(samples(trainer, "train")), "training")
+            network(pl_module, self.network)
+
+    def measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        """Extract K^t on the probe set and take its measures."""
+        train = samples(trainer, "train")
+        x, y = train.x[: self.probe_size], train.y[: self.probe_size]
+        gram = evaluation_kernel(pl_module, self.network, self.memory)(x)
+        initial = gram if self._initial is None else self._initial
+        row: dict[str, Any] = {
+            "step": step,
+            "alignment_with_initial": centered_kernel_alignment(gram, initial),
+            "target_alignment": kernel_target_alignment(gram, y),
+            "distance_to_initial": kernel_distance(gram, initial),
+            "velocity": None,
+            "effective_rank": effective_rank(gram),
+            "target_share": target_share(gram, y, self.leading),
+        }
+        if self._previous is not None:
+            row["velocity"] = kernel_velocity(self._previous, gram, step - self.rows[-1]["step"])
+        for i, eigenvalue in enumerate(leading_eigenvalues(gram, self.leading).tolist(), 1):
+            row[f"eigenvalue_{i}"] = eigenvalue
+        self.rows.append(row)
+        self._initial, self._previous = initial, gram
+        metrics = {f"kernel/{name}": value for name, value in row.items() if name != "step" and value is not None}
+        log_metrics(trainer, metrics, step)
+
+    def finish(self, trainer: Trainer) -> None:
+        """Keep the table and the figure."""
+        log_table(trainer, "kernel_diagnostics", self.rows)
+        log_figure(trainer, "kernel_diagnostics", draw_diagnostics(self.rows))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the rows and the two kernels that later ones are compared with, for the checkpoint."""
+        return {**super().state_dict(), "initial": self._initial, "previous": self._previous}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint."""
+        super().load_state_dict(state_dict)
+        self._initial, self._previous = state_dict["initial"], state_dict["previous"]
