@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, distributed, nn
@@ -269,7 +269,7 @@ class EmpiricalNTK(nn.Module):
         if self.features == "tf32" and x.device.type != "cuda":
             raise ValueError(f'features="tf32" needs a CUDA device, the inputs are on {x.device}: use "float32".')
         modes = torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False)
-        with modes[0], modes[1], modes[2], _rounding("high" if self.features == "tf32" else "highest"):
+        with modes[0], modes[1], modes[2], _rounding("tf32" if self.features == "tf32" else "ieee"):
             xs = [t.to(dtype).clone() if t.is_inference() else t.detach().to(dtype) for t in (x, *others)]
             yield GradientRows(self.net, self.trainable, xs[0][:1], self.output, self.full), xs
 
@@ -322,18 +322,19 @@ class EmpiricalNTK(nn.Module):
 
 
 @contextmanager
-def _rounding(precision: Literal["highest", "high"]) -> Iterator[None]:
+def _rounding(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
     """Set how float32 products are rounded, whatever the caller set for training."""
-    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    cudnn: Any = torch.backends.cudnn  # these settings are not declared
+    mkldnn: Any = torch.backends.mkldnn
+    settings = torch.backends.cuda.matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv
+    before = [setting.fp32_precision for setting in settings]
     try:
-        if products != precision:  # setting even the same value would change what torch inherits later
-            torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = precision == "high"
+        for setting in settings:
+            setting.fp32_precision = precision
         yield
     finally:
-        if products != precision:
-            torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
 
 
 def _empty(rows: GradientRows, x1: Tensor, x2: Tensor) -> Tensor:

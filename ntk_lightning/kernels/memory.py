@@ -27,21 +27,30 @@ class Plan:
     panel: int
 
 
-def chunk_size(budget: int, rows: GradientRows, x: Tensor) -> tuple[int, int, int]:
+def chunk_size(budget: int, rows: GradientRows, x: Tensor, kept: int = 0) -> tuple[int, int]:
     """Choose how many samples' gradients to form at once, in a quarter of a memory budget at most, by a trial.
 
     Args:
         budget: Bytes for everything besides inputs and results.
         rows: The rows' layout.
         x: Inputs (n, ...), of which the first is tried.
+        kept: Bytes that are needed besides.
 
     Returns:
-        Samples, at least 1; the bytes that this takes; and the bytes that a single sample takes.
+        Samples, at least 1, and the bytes that forming their gradients takes.
+
+    Raises:
+        ValueError: The budget does not suffice for one sample.
     """
     one, two = (rows.workspace(x[:1].expand(k, *x.shape[1:])) for k in (1, 2))
+    if one + kept > budget:
+        raise ValueError(
+            f"memory={budget / 1e6:.1f}MB cannot hold the gradients needed at once: "
+            f"it takes {(one + kept) / 1e6:.1f}MB at the least, and is faster with more."
+        )
     limit = min(budget // 4, _CHUNK_BYTES.get(x.device.type, _CHUNK_BYTES["cuda"]))
     chunk = max(1, 1 + (limit - one) // (two - one))
-    return chunk, one + (chunk - 1) * (two - one), one
+    return chunk, one + (chunk - 1) * (two - one)
 
 
 def divide(budget: int, rows: GradientRows, x: Tensor, passing: int, half: bool) -> Plan:
@@ -61,15 +70,9 @@ def divide(budget: int, rows: GradientRows, x: Tensor, passing: int, half: bool)
         ValueError: The budget cannot hold the gradients of one pair of samples.
     """
     n, item = len(x), x.element_size()
-    chunk, work, one = chunk_size(budget, rows, x)
     row = rows.width * (2 if half else item) + half * 4 * min(rows.width, WIDENED_COLUMNS)
     pair = (3 + 2 * rows.full * rows.groups**2) * item
-    least = one + 2 * row + pair
-    if least > budget:
-        raise ValueError(
-            f"memory={budget / 1e6:.1f}MB cannot hold the gradients of a pair of samples, which take "
-            f"{least / 1e6:.1f}MB: raise it."
-        )
+    chunk, work = chunk_size(budget, rows, x, kept=2 * row + pair)
     free = budget - work
     block = max(1, min(_BLOCK, n, free // (8 * row)))
     if not passing and n * (row + block * pair) <= free:

@@ -10,6 +10,7 @@ from lightning import Trainer
 from torch import Tensor, nn
 
 from ntk_lightning.datamodules.base import Batch, Samples
+from ntk_lightning.kernels.empirical import EmpiricalNTK
 from ntk_lightning.kernels.infinite import Backend, InfiniteNTK, Kind
 from ntk_lightning.modules.base import NTKModule
 from ntk_lightning.optim import OptimizerConfig
@@ -100,10 +101,17 @@ class KernelReadout(NTKModule):
         self.train_inputs.copy_(train_set.x)
 
     def on_fit_start(self) -> None:
-        """Compute the Gram of the training set."""
+        """Compute the Gram of the training set, and an empirical kernel's rows of the others while it has gradients."""
         self._cross.clear()
+        train = self._cast(self.train_inputs)
         with torch.no_grad():
-            self._gram = self.kernel(self._cast(self.train_inputs), progress=True)
+            if not isinstance(self.kernel, EmpiricalNTK):
+                self._gram = self.kernel(train, progress=True)
+                return
+            splits = [s for s in ("test", "val") if getattr(_datamodule(self.trainer), f"{s}_set", None) is not None]
+            others = [self._cast(_samples(self.trainer, split).x.to(self.device)) for split in splits]
+            self._gram, *cross = self.kernel.gram_and_cross(train, *others, progress=True)
+            self._cross.update(zip(splits, cross, strict=True))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make room for the checkpoint's training set."""

@@ -1,0 +1,109 @@
+"""What training costs beside a bare PyTorch loop, and what watching the empirical NTK costs beside the training.
+
+python benchmarks/training.py [--rounds N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from kernel_sgd import RESULTS, machine
+from lightning import Trainer
+
+from ntk_lightning.callbacks import EmpiricalNTKDynamics
+from ntk_lightning.datamodules import FashionMNISTBinary
+from ntk_lightning.modules import FiniteNetwork
+from ntk_lightning.networks import MyrtleCNN
+from ntk_lightning.optim import OptimizerConfig
+
+
+def fit(width: int, n: int, epochs: int, folder: str, **kwargs: Any) -> Callable[[], None]:  # noqa: ANN401 - passed on
+    """Prepare a run of FiniteNetwork under the Trainer."""
+    data = FashionMNISTBinary(n_train=n, n_test=200)
+    data.setup()
+
+    def run() -> None:
+        torch.manual_seed(0)
+        trainer = Trainer(
+            max_epochs=epochs,
+            limit_val_batches=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+            **kwargs,
+        )
+        trainer.fit(FiniteNetwork(MyrtleCNN(width, in_channels=1), OptimizerConfig(lr=0.1)), datamodule=data)
+
+    return run
+
+
+def bare_loop(width: int, n: int, epochs: int) -> Callable[[], None]:
+    """Prepare the same steps without Lightning."""
+    data = FashionMNISTBinary(n_train=n, n_test=200)
+    data.setup()
+    assert data.train_set is not None
+    x, y, config = data.train_set.x, data.train_set.y, OptimizerConfig(lr=0.1)
+
+    def run() -> None:
+        torch.manual_seed(0)
+        net = MyrtleCNN(width, in_channels=1)
+        optimizer = config.configure(net.parameters())
+        for epoch in range(epochs):
+            for batch in config.batches(n, epoch):
+                optimizer.zero_grad()
+                (net(x[batch])[:, 0] - y[batch]).square().mean().backward()
+                optimizer.step()
+
+    return run
+
+
+def ratio(first: Callable[[], None], second: Callable[[], None], rounds: int) -> tuple[float, list[float]]:
+    """Median over rounds of the time of the first by that of the second, run in turn after a warm-up."""
+    first(), second()
+    ratios = []
+    for _ in range(rounds):
+        times = []
+        for run in (first, second):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        ratios.append(times[0] / times[1])
+    return statistics.median(ratios), ratios
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder:
+        overhead, overheads = ratio(bare_loop(16, 4000, 1), fit(16, 4000, 1, folder), rounds)
+        print(
+            f"FiniteNetwork under Trainer, n=4000, width 16: {overhead:.3f} of the samples/s of a bare loop (>= 0.95)"
+        )
+        epochs = 40
+        watch = fit(64, 256, epochs, folder, callbacks=[EmpiricalNTKDynamics(log_spaced=30)])
+        watched, all_watched = ratio(watch, fit(64, 256, epochs, folder), 1)
+        steps = epochs * OptimizerConfig().steps_per_epoch(256)
+        print(f"Watching K^t at 30 log-spaced of {steps} steps, n=256, width 64: {watched:.2f} times the run without")
+    result = {
+        "machine": machine(),
+        "torch": torch.__version__,
+        "samples_per_second_of_bare_loop": {"median": overhead, "rounds": overheads},
+        "watched_over_unwatched": {"median": watched, "rounds": all_watched},
+    }
+    (RESULTS / "training_cpu.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
