@@ -153,7 +153,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     errors["jacrev and einsum"] = relative(jacrev_and_einsum(net, x, x)[:, :, 0, 0], oracle)
     results: dict[str, Any] = {}
     if options.neural_tangents:
-        name, few = "neural-tangents, Jacobian contraction, jitted", x[:64].double()
+        name, few = "neural-tangents, Jacobian contraction, jitted", x[:4].double()
         run, other = neural_tangents(options.neural_tangents, net, x, 3)
         seconds[name], errors[name] = run["seconds"], relative(other, oracle)
         double = relative(neural_tangents(options.neural_tangents, net, few, 0)[1], kernel(few))
@@ -174,7 +174,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
         )
     print(f"ours over (faster forward+backward + matrix product), best times: {best['EmpiricalNTK'] / bound:.2f}")
     if results:
-        print(f"float64, 64 images, ours against neural-tangents: {results['neural_tangents_float64_difference']:.1e}")
+        print(f"float64, 4 images, ours against neural-tangents: {results['neural_tangents_float64_difference']:.1e}")
     ratio = best["EmpiricalNTK"] / bound
     return {"n": n, "seconds": seconds, "errors": errors, "over_forward_backward_and_product": ratio, **results}
 
@@ -182,7 +182,8 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
 def memory(options: argparse.Namespace) -> dict[str, Any]:
     """Part 2: peak memory against the budget."""
     n, width = 4000, sum(p.numel() for p in MyrtleCNN(64).parameters())
-    print(f"\npeak memory, Myrtle-5, width 64, 32x32, n={n}: all gradients take {n * width * 4 / 1e6:.0f} MB")
+    print(f"\npeak memory, Myrtle-5, width 64, 32x32, n={n}, {options.threads} threads")
+    print(f"the gradients of all samples take {n * width * 4 / 1e6:.0f} MB")
     print(f"{'budget':>8}{'peak above inputs, result and imports':>40}{'s':>8}")
     results = {}
     for budget in ("500MB", "1GB"):
@@ -213,7 +214,7 @@ def taylor(options: argparse.Namespace) -> dict[str, Any]:
     seconds = interleaved(
         tasks | {f"Taylor model of order {order}": model(order) for order in (1, 2, 3)}, options.rounds
     )
-    print("\none SGD step, Myrtle-5, width 16, 32x32, batch of 64")
+    print(f"\none SGD step, Myrtle-5, width 16, 32x32, batch of 64, {options.threads} threads")
     print(f"{'':48}{'best s':>8}{'median s':>10}{'x finite':>10}")
     for name, times in seconds.items():
         ratio = min(times) / min(seconds["finite network"])
@@ -221,7 +222,7 @@ def taylor(options: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": seconds}
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """Name the machine by what matters for speed."""
     info = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
@@ -229,7 +230,6 @@ def machine(threads: int) -> dict[str, Any]:
     return {
         "cpu": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
-        "threads": threads,
         **versions,
     }
 
@@ -246,13 +246,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     path = RESULTS / "empirical_ntk_cpu.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    results["machine"] = machine(options.threads)
-    print(", ".join(f"{key} {value}" for key, value in results["machine"].items()))
+    print(", ".join(f"{key} {value}" for key, value in machine().items()))
     for part in options.only:
-        results[part] = PARTS[part](options)
+        result = {"threads": options.threads, **PARTS[part](options)}
         RESULTS.mkdir(exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        results = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**results, "machine": machine(), part: result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch.func import jvp, vjp
 
 from ntk_lightning.kernels.gradients import GradientRows
 from ntk_lightning.kernels.inputs import check_inputs
-from ntk_lightning.kernels.memory import WIDENED_COLUMNS, chunk_size, divide, parse_bytes
+from ntk_lightning.kernels.memory import SLICE_COLUMNS, chunk_size, divide, parse_bytes
 from ntk_lightning.progress import progress_bar
 
 __all__ = ["EmpiricalNTK"]
@@ -160,7 +160,7 @@ class EmpiricalNTK(nn.Module):
             for part in x.split(chunk):
                 filled = features[: len(part)]
                 rows.fill(filled, part)
-                values.append(rows.contract(filled, filled, lambda a, b: torch.einsum("np,np->n", a, b)))
+                values.append(rows.contract(filled, filled, lambda a, b: (a * b).sum(1)))
             return torch.cat(values)
 
     def matvec(self, x: Tensor, v: Tensor, x2: Tensor | None = None) -> Tensor:
@@ -348,12 +348,10 @@ def _swap(kernel: Tensor) -> Tensor:
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply a with b^T, in float32 or better."""
-    if a.dtype != torch.bfloat16:
-        return a @ b.T
-    total = a.new_zeros(len(a), len(b), dtype=torch.float32)
-    for left, right in zip(a.split(WIDENED_COLUMNS, 1), b.split(WIDENED_COLUMNS, 1), strict=True):
-        total.addmm_(left.float(), right.float().T)
+    """Multiply a with b^T in float32 or better, in slices: one long sum of float32 products would lose two digits."""
+    total = torch.zeros(len(a), len(b), dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
+    for left, right in zip(a.split(SLICE_COLUMNS, 1), b.split(SLICE_COLUMNS, 1), strict=True):
+        total += left.to(total.dtype) @ right.to(total.dtype).T
     return total
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ntk_lightning.kernels.gradients import GradientRows
 
-__all__ = ["WIDENED_COLUMNS", "Plan", "chunk_size", "divide", "parse_bytes"]
+__all__ = ["SLICE_COLUMNS", "Plan", "chunk_size", "divide", "parse_bytes"]
 
-WIDENED_COLUMNS = 2**14  # of bfloat16 rows, turned into float32 at once
+SLICE_COLUMNS = 2**13  # of rows, multiplied at once; those of bfloat16 are turned into float32 for it
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**31}  # on a CPU small tensors are faster: they stay in the cache and the heap
@@ -70,8 +70,8 @@ def divide(budget: int, rows: GradientRows, x: Tensor, passing: int, half: bool)
         ValueError: The budget cannot hold the gradients of one pair of samples.
     """
     n, item = len(x), x.element_size()
-    row = rows.width * (2 if half else item) + half * 4 * min(rows.width, WIDENED_COLUMNS)
-    pair = (3 + 2 * rows.full * rows.groups**2) * item
+    row = rows.width * (2 if half else item) + half * 4 * min(rows.width, SLICE_COLUMNS)
+    pair = (5 + 2 * rows.full * rows.groups**2) * item
     chunk, work = chunk_size(budget, rows, x, kept=2 * row + pair)
     free = budget - work
     block = max(1, min(_BLOCK, n, free // (8 * row)))
