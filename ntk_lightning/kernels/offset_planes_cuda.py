@@ -15,7 +15,8 @@ convolution is a circular box filter over y and x that is cut where y, y', x or 
   32x32, written once and read once; no atomics, hence the same bits on every run.
 - Images and standard deviations are extended circularly, so offsets never wrap and addresses are immediate.
 
-Everything is float32: float64 raises, and ``backend="auto"`` has to take the reference then. Import this module lazily:
+Computing is in float32. An NTK needs sqrt(1 - r) of correlations r, so pairs of nearly equal, not equal images run in
+float64. Inputs in float64 raise: ``backend="auto"`` has to take the reference for them. Import this module lazily:
 Triton exists on Linux only. ``TRITON_INTERPRET=1`` runs it on tensors in main memory.
 """
 
@@ -30,6 +31,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -39,6 +41,21 @@ from ntk_lightning.kernels.offset_planes import Plan, finish, pixel_variances, p
 __all__ = ["Tiling", "compile_levels", "gram"]
 
 _BATCH_PAIRS = 2**14
+_NEAR = 1e-2  # distance of two images of unit norm below which float32 loses their correlations' distance from one
+_DOUBLE_PAIRS = 2**8
+_ARCCOS = tl.constexpr(  # arccos(a) / sqrt(1 - a) on [0, 1] to 2e-8, highest power first
+    (
+        *(-0.0012943975161761045, 0.006788052152842283, -0.017262041568756104, 0.03102188929915428),
+        *(-0.05022600665688515, 0.08898942172527313, -0.21459971368312836, 1.5707963267948966),
+    )
+)
+_ARCCOS_DOUBLE = tl.constexpr(  # to 2e-12
+    (
+        *(8.370320263805873e-05, -0.0006440717794519807, 0.0023363405579416695, -0.00543430347156163),
+        *(0.009433357976546245, -0.013691464924659792, 0.018304556062840475, -0.024296108886088182),
+        *(0.03367037510622571, -0.05079189407253996, 0.0890485816918372, -0.21460183588226064, 1.570796326792771),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -58,17 +75,18 @@ class Tiling:
 
 @triton.jit
 def _arcsin_root(r, NAMES: tl.constexpr, S: tl.constexpr):
-    """Compute arcsin(r) and sqrt(1 - r^2); arccos(a) = sqrt(1 - a) * polynomial, fitted to 2e-8."""
+    """Compute arcsin(r) and sqrt(1 - r^2), with arccos(a) = sqrt(1 - a) * polynomial."""
+    ARCCOS: tl.constexpr = _ARCCOS if r.dtype == tl.float32 else _ARCCOS_DOUBLE
+    NOISE: tl.constexpr = 4e-7 if r.dtype == tl.float32 else 1e-15
     a = tl.abs(r)
     if NAMES[S] == "relu":
-        gap = tl.where(a < 1 - 4e-7, 1 - a, 0.0)  # rounding of r = 1 would grow to its square root
+        gap = tl.where(a < 1 - NOISE, 1 - a, 0.0)  # the square root would blow up the rounding of r = 1
     else:
-        gap = tl.maximum(1 - a, 3e-8)  # divided by; never this small for these two but by rounding
-    p = 0.006788052152842283 - 0.0012943975161761045 * a
-    p = 0.03102188929915428 + a * (-0.017262041568756104 + a * p)
-    p = 0.08898942172527313 + a * (-0.05022600665688515 + a * p)
-    p = 1.5707963267948966 + a * (-0.21459971368312836 + a * p)
-    arcsin = 1.5707963267948966 - tl.sqrt(gap) * p
+        gap = tl.maximum(1 - a, NOISE)  # divided by; this small by rounding only
+    polynomial = ARCCOS[0]
+    for n in tl.static_range(1, 8 if r.dtype == tl.float32 else 13):
+        polynomial = ARCCOS[n] + a * polynomial
+    arcsin = 1.5707963267948966 - tl.sqrt(gap) * polynomial
     return tl.where(r < 0, -arcsin, arcsin), tl.sqrt(gap * (1 + a))
 
 
@@ -194,7 +212,7 @@ def _level(
     image1 = left + tl.load(index1 + first + pair).to(tl.int64) * (PLANES * PLANE) + start
     image2 = right + tl.load(index2 + first + pair).to(tl.int64) * (PLANES * PLANE) + start + dx
     below += pair.to(tl.int64) * (BELOW_DY_COUNT * 2 * H * W * STRIDE) + lane
-    zero = tl.full((GROUPS, LANES), 0.0, tl.float32)
+    zero = tl.full((GROUPS, LANES), 0.0, left.dtype.element_ty)
 
     links = ()  # 0 between columns k and k + 1 where x or x' wraps, else 1
     for k in tl.static_range(WIDTH - 1):
@@ -319,28 +337,35 @@ def gram(
         raise ValueError(f'backend="cuda" needs images on a CUDA device, got {x1.device}: call .cuda() first.')
     network, symmetric = plan(layers), x2 is None
     launches = _launches(network, kind, tuple(x1.shape[1:]), tiling)
+    x2 = x1 if x2 is None else x2
     with torch.cuda.device_of(x1):
         tables1 = _tables(layers, network, launches, x1)
-        tables2 = tables1 if x2 is None else _tables(layers, network, launches, x2)
-        n1, n2 = len(tables1[0]), len(tables2[0])
-        variances: list[Tensor] = []
-        if any(isinstance(layer, Activation) for layer in network.head):
-            for tables, n in ((tables1, n1), (tables2, n2)):
-                same = torch.arange(n, device=x1.device, dtype=torch.int32)
-                batches = same.split(_batch(launches, tiling))
-                variances.append(torch.cat([_means(network, launches, tables, tables, i, i, tiling)[0] for i in batches]))
-        out = x1.new_empty(n1, n2)
-        ends = (n2 - symmetric * torch.arange(n1, device=x1.device)).cumsum(0)  # of the rows, in the list of all pairs
+        tables2 = tables1 if symmetric else _tables(layers, network, launches, x2)
+        variance1 = _variances(network, launches, tables1, len(x1), tiling)
+        variance2 = _variances(network, launches, tables2, len(x2), tiling)
+        unit1, unit2 = F.normalize(x1.flatten(1)), F.normalize(x2.flatten(1))
+        out = x1.new_empty(len(x1), len(x2))
+        rows = torch.arange(len(x1), device=x1.device)
+        ends = (len(x2) - symmetric * rows).cumsum(0)  # of the rows, in the list of all pairs
         for index in torch.arange(int(ends[-1]), device=x1.device).split(_batch(launches, tiling)):
             i = torch.searchsorted(ends, index, right=True)
-            j = n2 - ends[i] + index
-            means = _means(network, launches, tables1, tables2, i.int(), j.int(), tiling)
-            variance1, variance2 = (variances[0][i], variances[1][j, None]) if variances else (None, None)
-            block = finish(network.head, kind, means[0][:, None], means[-1][:, None], variance1, variance2)
-            out[i, j] = block[:, 0].float()
+            j = len(x2) - ends[i] + index
+            means = _means(network, launches, tables1, tables2, i, j, tiling)
+            above, below = int(i[0]), int(i[-1]) + 1
+            distances = torch.cdist(unit1[above:below], unit2, compute_mode="donot_use_mm_for_euclid_dist")
+            near = distances[i - above, j]
+            for part in ((near > 0) & (near < _NEAR)).nonzero()[:, 0].split(_DOUBLE_PAIRS):
+                images = x1[i[part]].double(), x2[j[part]].double()
+                doubles = [_tables(layers, network, launches, x) for x in images]
+                same = torch.arange(len(part), device=x1.device)
+                for mean, exact in zip(means, _means(network, launches, *doubles, same, same, tiling), strict=True):
+                    mean[part] = exact
+            columns = [mean[:, None] for mean in (means[0], means[-1])]
+            result = finish(network.head, kind, *columns, variance1[i], variance2[j, None])[:, 0].float()
+            out[i, j] = result
             if symmetric:
-                out[j, i] = out[i, j]
-            advance(len(index) + symmetric * int((i != j).sum()))  # waits for the device, so that progress is real
+                out[j, i] = result
+            advance(len(index) + symmetric * int((i != j).sum()))  # waits for the device, so the progress is real
     return out
 
 
@@ -432,7 +457,7 @@ def _tables(layers: Sequence[Layer], network: Plan, launches: Sequence[_Launch],
         height, width = launch.constants["H"], launch.constants["W"]
         extent = launch.constants["CHUNKS"] * launch.constants["COLUMNS"] + 2 * len(steps) + width
         columns = (torch.arange(extent, device=x.device) - len(steps)) % width
-        table = torch.cat([x.new_empty(len(x), 0, height, width), *(plane.float() for plane in planes)], 1)
+        table = torch.cat([x.new_empty(len(x), 0, height, width), *(plane.to(x.dtype) for plane in planes)], 1)
         tables.append(table[..., columns].contiguous())
     return tables
 
@@ -440,6 +465,17 @@ def _tables(layers: Sequence[Layer], network: Plan, launches: Sequence[_Launch],
 def _batch(launches: Sequence[_Launch], tiling: Tiling) -> int:
     """Pairs whose sums over the last level are kept at a time."""
     return max(1, min(_BATCH_PAIRS, tiling.workspace_bytes // (4 * math.prod(launches[-1].shape))))
+
+
+def _variances(
+    network: Plan, launches: Sequence[_Launch], tables: Sequence[Tensor], images: int, tiling: Tiling
+) -> Tensor:
+    """NNGP of every image with itself where the head begins, (images,), if the head has a use for it."""
+    same = torch.arange(images, device=tables[0].device)
+    if not any(isinstance(layer, Activation) for layer in network.head):
+        return same.double()
+    batches = same.split(_batch(launches, tiling))
+    return torch.cat([_means(network, launches, tables, tables, i, i, tiling)[0] for i in batches])
 
 
 def _means(
@@ -454,13 +490,14 @@ def _means(
     """NNGP, and NTK if asked for, of pairs of images after the mean over their pixels, each (pairs,) in float64."""
     sizes = [4 * math.prod(launch.shape) for launch in launches[:-1]]
     block = max(1, min(len(index1), tiling.workspace_bytes // max(sizes, default=1)))
-    buffers = [index1.new_empty(block, *launch.shape, dtype=torch.float32) for launch in launches[:-1]]
-    buffers.append(index1.new_empty(len(index1), *launches[-1].shape, dtype=torch.float32))
+    buffers = [tables1[0].new_empty(block, *launch.shape) for launch in launches[:-1]]
+    buffers.append(tables1[0].new_empty(len(index1), *launches[-1].shape))
+    indices = index1.int(), index2.int()
     for first in range(0, len(index1), block):
         pairs, below = min(block, len(index1) - first), buffers[0]
         for launch, left, right, out in zip(launches, tables1, tables2, buffers, strict=True):
             grid = triton.cdiv(pairs * launch.shape[0], launch.constants["GROUPS"]), launch.constants["CHUNKS"]
-            arguments = left, right, below, out, index1, index2, first, pairs
+            arguments = left, right, below, out, *indices, first, pairs
             _level[grid](*arguments, **launch.constants, **_options(tiling))
             below = out
     pixels = launches[-1].constants["H"] * launches[-1].constants["W"]
