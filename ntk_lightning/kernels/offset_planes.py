@@ -70,31 +70,34 @@ def unsupported(layers: Sequence[Layer], shape: tuple[int, ...]) -> str | None:
         shape: Spatial shape of the inputs: (H, W) in pixels, () for vectors.
 
     Returns:
-        One clause that names the obstacle, or None where there is none.
+        A clause about the network that names the obstacle, or None where there is none.
 
     Example:
         >>> unsupported([Linear(1.0, 0.0)], ())
-        'the inputs are vectors, not images'
+        'its inputs are vectors, not images'
     """
     if len(shape) != 2:
-        return "the inputs are vectors, not images"
-    flat, previous = False, None
+        return "its inputs are vectors, not images"
+    flat = False
+    previous: Layer | None = None
     for layer in layers:
         match layer:
+            case Pool() if previous is None:
+                return "it pools the images: pool them before"
             case Conv(kernel_size=3, pad=1, stride=1) | Pool(kernel_size=2, stride=2) if not flat:
                 pass
             case Activation() if flat or isinstance(previous, Conv):
                 pass
             case Activation():
-                return f"{layer} does not directly follow a convolution"
+                return f"in it {layer} does not directly follow a convolution"
             case GlobalAvgPool() | Flatten():
                 flat = True
             case Linear() if flat:
                 pass
             case _:
-                return f"{layer} is none of 3x3 convolution with 'same' padding and stride 1, activation, 2x2 pooling"
+                return f"{layer} is neither a 3x3 convolution with 'same' padding and stride 1 nor 2x2 pooling"
         previous = layer
-    return None
+    return None if any(isinstance(layer, Conv) for layer in layers) else "it has no convolution"
 
 
 def plan(layers: Sequence[Layer]) -> Plan:
