@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ntk_lightning.kernels import reference
 from ntk_lightning.kernels.layers import parse
+from ntk_lightning.kernels.offset_planes import unsupported
 from ntk_lightning.networks import Erf, FiveLayerCNN, MyrtleCNN, NTKConv2d, NTKLinear
 
 pytest.importorskip("triton", reason="Triton exists on Linux only")
@@ -31,7 +32,7 @@ def random(n: int, *shape: int) -> Tensor:
 def alike(n: int, *shape: int) -> Tensor:
     """An image with a black part, its double, and images ever farther from it."""
     image = random(1, *shape)
-    image[..., : shape[-1] // 2, :] = 0
+    image[..., : shape[-2] // 2, :] = 0
     noise = torch.tensor([0, 0, 1e-5, 1e-3, 2e-2, 0.1, 0.5][:n])[:, None, None, None]
     return image + noise * random(n, *shape)
 
@@ -58,6 +59,9 @@ def cnn(*layers: object, channels: int = 2) -> nn.Sequential:
     return nn.Sequential(*modules, NTKLinear(1, 1, bias_std=0.1))
 
 
+WARPS = {"cuda": 1, "cpu": 64}  # the interpreter takes as long for many lanes as for few
+
+
 @dataclass(frozen=True)
 class Case:
     net: Callable[[], nn.Sequential]
@@ -81,56 +85,76 @@ class Case:
         """The Gram, and the number of entries that were announced."""
         from ntk_lightning.kernels.offset_planes_cuda import Tiling, gram
 
+        layers = parse(self.net())
+        assert unsupported(layers, self.shape[1:]) is None
         x1, x2 = (None if x is None else x.to(device) for x in self.inputs())
         assert x1 is not None
-        tiling = Tiling(self.columns, warps=1 if device == "cuda" else 64, workspace_bytes=self.workspace_bytes)
+        tiling = Tiling(self.columns, WARPS[device], self.workspace_bytes)
         announced: list[int] = []
-        return gram(parse(self.net()), self.kind, x1, x2, announced.append, tiling).cpu(), sum(announced)
+        return gram(layers, self.kind, x1, x2, announced.append, tiling).cpu(), sum(announced)
+
+    def diagonal(self, device: str) -> Tensor:
+        from ntk_lightning.kernels.offset_planes_cuda import Tiling, diag
+
+        return diag(parse(self.net()), self.kind, self.inputs()[0].to(device), Tiling(warps=WARPS[device])).cpu()
 
 
 CASES = {
     "myrtle5": Case(lambda: MyrtleCNN(2), (3, 8, 8), (4, 0)),
     "myrtle5_nngp": Case(lambda: MyrtleCNN(2, weight_std=1.3, bias_std=0.2), (3, 8, 8), kind="nngp"),
-    "myrtle5_pair_by_pair": Case(lambda: MyrtleCNN(2), (3, 8, 8), (2, 0), columns=4, workspace_bytes=1),
-    "myrtle7_three_chunks": Case(lambda: MyrtleCNN(2, 7, 1), (1, 12, 12), (2, 1), columns=4),
-    "myrtle10_alike": Case(lambda: MyrtleCNN(2, 10, 1), (1, 8, 8), (7, 1), make=alike),
-    "cnn5": Case(lambda: FiveLayerCNN(2), (3, 16, 16), (2, 2)),
+    "myrtle5_pair_by_pair": Case(lambda: MyrtleCNN(2), (3, 4, 8), (2, 0), columns=4, workspace_bytes=1),
+    "myrtle7_three_chunks": Case(lambda: MyrtleCNN(2, 7, 1), (1, 8, 12), (2, 1), columns=4),
+    "myrtle10_alike": Case(lambda: MyrtleCNN(2, 10, 1), (1, 4, 8), (7, 1), make=alike),
+    "cnn5": Case(lambda: FiveLayerCNN(2), (3, 16, 16), (2, 1)),
     "cnn5_to_one_pixel": Case(lambda: FiveLayerCNN(2), (3, 8, 8), (3, 0)),
     "odd_sides": Case(lambda: cnn(3, nn.LeakyReLU(0.2), 3, nn.ReLU(), "mean"), (2, 7, 5)),
     "offset_zero": Case(lambda: cnn(3, nn.ReLU(), 3, nn.ReLU(), "flat"), (2, 7, 9), (4, 0), columns=4),
-    "offset_zero_equal_pixels": Case(lambda: cnn(*[3, nn.ReLU()] * 6, "flat"), (2, 6, 6), (2, 0), make=equal_pixels),
-    "offset_zero_alike": Case(lambda: cnn(3, nn.ReLU(), 3, nn.GELU(), 3, Erf(), "flat"), (2, 6, 6), (7, 2), make=alike),
+    "offset_zero_equal_pixels": Case(lambda: cnn(*[3, nn.ReLU()] * 5, "flat"), (2, 4, 5), (2, 0), make=equal_pixels),
+    "offset_zero_alike": Case(lambda: cnn(3, nn.ReLU(), 3, nn.GELU(), 3, Erf(), "flat"), (2, 4, 5), (7, 2), make=alike),
     "few_offsets": Case(lambda: cnn(3, nn.ReLU(), "pool", 3, nn.ReLU(), "pool", 3, Erf(), "flat"), (2, 8, 24), (2, 2)),
     "few_offsets_of_one_side": Case(
         lambda: cnn(3, nn.GELU(), "pool", 3, nn.ReLU(), "pool", "flat"), (2, 8, 16), (2, 2)
     ),
     "erf": Case(lambda: cnn(3, Erf(), "pool", 3, Erf(), "mean", NTKLinear(1, 1), Erf()), (2, 6, 10), (3, 0)),
     "gelu": Case(lambda: cnn(3, nn.GELU(), "pool", 3, nn.GELU(), "mean", NTKLinear(1, 1), nn.ReLU()), (2, 6, 8)),
-    "pools_first_and_last": Case(lambda: cnn("pool", 3, 3, nn.ReLU(), "pool", "pool", "flat"), (2, 8, 16), (2, 2)),
-    "no_activation": Case(lambda: cnn("pool", 3, "mean"), (5, 6, 6), kind="nngp"),
+    "two_pools_last": Case(lambda: cnn(3, 3, nn.ReLU(), "pool", "pool", "flat"), (2, 8, 16), (2, 2)),
+    "no_activation": Case(lambda: cnn(3, "pool", 3, "mean"), (5, 6, 6)),
 }
 
 
+DIAGONALS = ("cnn5_to_one_pixel", "erf")
+Results = dict[str, tuple[Tensor, int, Tensor | None]]
+
+
+def compute(device: str, name: str) -> tuple[Tensor, int, Tensor | None]:
+    return *CASES[name].compute(device), CASES[name].diagonal(device) if name in DIAGONALS else None
+
+
 @pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, int]]:
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What this file writes when it runs as a script."""
     path = tmp_path_factory.mktemp("interpreted") / "grams.pt"
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, __file__, str(path)], check=True, env=environment)
-    return torch.load(path)
+    results: Results = torch.load(path)
+    return results
 
 
-def check(name: str, gram: Tensor, announced: int) -> None:
+def check(name: str, gram: Tensor, announced: int, diagonal: Tensor | None) -> None:
     case = CASES[name]
     assert gram.dtype == torch.float32
     assert announced == gram.numel()
-    torch.testing.assert_close(gram.double(), case.expected(), rtol=5e-6, atol=0)
+    expected = case.expected()
+    assert expected.abs().min() > 0
+    torch.testing.assert_close(gram.double(), expected, rtol=5e-6, atol=0)
     if not case.images[1]:
         assert torch.equal(gram, gram.T)
+    if diagonal is not None:
+        torch.testing.assert_close(diagonal, gram.diagonal(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_interpreted_kernel_equals_reference(name: str, interpreted: dict[str, tuple[Tensor, int]]) -> None:
+def test_interpreted_kernel_equals_reference(name: str, interpreted: Results) -> None:
     check(name, *interpreted[name])
 
 
@@ -138,7 +162,7 @@ def test_interpreted_kernel_equals_reference(name: str, interpreted: dict[str, t
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_on_a_gpu_equals_reference(name: str) -> None:
-    check(name, *CASES[name].compute("cuda"))
+    check(name, *compute("cuda", name))
 
 
 @pytest.mark.gpu
@@ -188,4 +212,4 @@ def test_inputs_that_it_cannot_take(dtype: torch.dtype, message: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch.save({name: case.compute("cpu") for name, case in CASES.items()}, Path(sys.argv[1]))
+    torch.save({name: compute("cpu", name) for name in CASES}, Path(sys.argv[1]))

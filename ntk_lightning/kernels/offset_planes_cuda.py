@@ -42,7 +42,7 @@ from ntk_lightning.kernels.layers import Activation, Layer
 from ntk_lightning.kernels.offset_planes import Plan, finish, pixel_variances, plan
 from ntk_lightning.kernels.offset_planes_triton import level
 
-__all__ = ["Tiling", "compile_levels", "gram"]
+__all__ = ["Tiling", "compile_levels", "diag", "gram"]
 
 _BATCH_PAIRS = 2**14
 _NEAR = 5e-2  # distance of two images of unit norm below which float32 loses their correlations' distance from one
@@ -96,16 +96,13 @@ def gram(
     Raises:
         ValueError: The images are not float32, or not on a CUDA device.
     """
-    if x1.dtype != torch.float32:
-        raise ValueError(f'The CUDA kernel computes in float32, got {x1.dtype}: use backend="reference" or .float().')
-    if not x1.is_cuda and not triton.knobs.runtime.interpret:
-        raise ValueError(f'backend="cuda" needs images on a CUDA device, got {x1.device}: call .cuda() first.')
-    work, symmetric = _Work(layers, kind, tuple(x1.shape[1:]), tiling), x2 is None
+    work, symmetric = _Work(layers, kind, x1, tiling), x2 is None
     x2 = x1 if x2 is None else x2
     with torch.cuda.device_of(x1):
         tables1 = work.tables(x1)
         tables2 = tables1 if symmetric else work.tables(x2)
-        variance1, variance2 = (work.variances(tables, len(tables[0])) for tables in (tables1, tables2))
+        variance1 = work.selves(tables1)[:, 0] if work.head_is_active else x1.new_empty(len(x1))
+        variance2 = work.selves(tables2)[:, 0] if work.head_is_active else x1.new_empty(len(x2))
         unit1, unit2 = F.normalize(x1.flatten(1)), F.normalize(x2.flatten(1))
         out = x1.new_empty(len(x1), len(x2))
         rows = torch.arange(len(x1), device=x1.device)
@@ -130,6 +127,28 @@ def gram(
                 out[j, i] = result
             advance(len(index) + symmetric * int((i != j).sum()))  # waits for the device, so the progress is real
     return out
+
+
+def diag(layers: Sequence[Layer], kind: str, x: Tensor, tiling: Tiling = Tiling()) -> Tensor:
+    """Compute the kernel of every image with itself.
+
+    Args:
+        layers: Accepted by :func:`ntk_lightning.kernels.offset_planes.unsupported`.
+        kind: "ntk" or "nngp".
+        x: Images (n, C, H, W), float32, on a CUDA device.
+        tiling: How to spread the work over the device.
+
+    Returns:
+        The diagonal of the Gram of x, (n,), float32.
+
+    Raises:
+        ValueError: The images are not float32, or not on a CUDA device.
+    """
+    work = _Work(layers, kind, x, tiling)
+    with torch.cuda.device_of(x):
+        means = work.selves(work.tables(x))
+        nngp, ntk = means[:, :1], means[:, -1:]
+        return finish(work.network.head, kind, nngp, ntk, nngp[:, 0], nngp)[:, 0].float()
 
 
 def compile_levels(
@@ -157,7 +176,7 @@ def compile_levels(
     types |= dict.fromkeys(("index1", "index2"), "*i32") | dict.fromkeys(("first", "pairs"), "i32")
     aligned = {(position,): [["tt.divisibility", 16]] for position in range(6)}
     reports = []
-    for launch in _Work(layers, kind, shape, tiling).launches:
+    for launch in _launches(plan(layers), kind, shape, tiling):
         source = ASTSource(level, types | dict.fromkeys(launch.constants, "constexpr"), launch.constants, aligned)
         target = GPUTarget("cuda", capability, 32)
         kernel = triton.compile(source, target=target, options=_options(tiling))
@@ -179,10 +198,17 @@ def _options(tiling: Tiling) -> dict[str, Any]:
 class _Work:
     """A network at one size of images: its launches, and what runs them."""
 
-    def __init__(self, layers: Sequence[Layer], kind: str, shape: tuple[int, ...], tiling: Tiling) -> None:
+    def __init__(self, layers: Sequence[Layer], kind: str, x: Tensor, tiling: Tiling) -> None:
+        if x.dtype != torch.float32:
+            raise ValueError(
+                f'The CUDA kernel computes in float32, got {x.dtype}: use backend="reference" or .float().'
+            )
+        if not x.is_cuda and not triton.knobs.runtime.interpret:
+            raise ValueError(f'backend="cuda" needs images on a CUDA device, got {x.device}: call .cuda() first.')
         self.layers, self.network, self.tiling = layers, plan(layers), tiling
-        self.launches = _launches(self.network, kind, shape, tiling)
+        self.launches = _launches(self.network, kind, tuple(x.shape[1:]), tiling)
         self.batch = max(1, min(_BATCH_PAIRS, tiling.workspace_bytes // (4 * math.prod(self.launches[-1].shape))))
+        self.head_is_active = any(isinstance(layer, Activation) for layer in self.network.head)
 
     def tables(self, x: Tensor) -> list[Tensor]:
         """For each level (n, PLANES, H, EXTENT): the images, then what the activations need of their variances."""
@@ -223,12 +249,10 @@ class _Work:
         means: Tensor = buffers[-1].double().sum((1, 2, 4)) / (pixels if self.network.flat else pixels**2)
         return means
 
-    def variances(self, tables: list[Tensor], images: int) -> Tensor:
-        """NNGP of every image with itself where the head begins, (images,), if the head has a use for it."""
-        same = torch.arange(images, device=tables[0].device)
-        if not any(isinstance(layer, Activation) for layer in self.network.head):
-            return same.double()
-        return torch.cat([self.means(tables, tables, i, i)[:, 0] for i in same.split(self.batch)])
+    def selves(self, tables: list[Tensor]) -> Tensor:
+        """The same as `means` of every image with itself."""
+        same = torch.arange(len(tables[0]), device=tables[0].device)
+        return torch.cat([self.means(tables, tables, i, i) for i in same.split(self.batch)])
 
 
 def _launches(network: Plan, kind: str, shape: tuple[int, ...], tiling: Tiling) -> list[_Launch]:

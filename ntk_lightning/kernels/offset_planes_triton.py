@@ -186,7 +186,7 @@ def level(
         y = t % H
         if CHANNELS > 0:
             nngp = _image_row(image1 + y * EXTENT, image2 + (t + dy) % H * EXTENT, CHANNELS, PLANE, WIDTH)
-            ntk = _constant_row(zero, WIDTH)
+            ntk = nngp  # not read: the first convolution gives its NTK
         else:
             e = 2 * (dy_index - DY_RADIUS) + BELOW_DY_RADIUS
             nngp = _pooled_row(below, e, y, start, H, W, STRIDE, BELOW_DY_COUNT, STEPS, WIDTH)
