@@ -17,7 +17,8 @@ convolution is a circular box filter over y and x that is cut where y, y', x or 
 
 Computing is in float32. An NTK needs sqrt(1 - r) of correlations r, so pairs of nearly equal, not equal images run in
 float64. Inputs in float64 raise: ``backend="auto"`` has to take the reference for them. Import this module lazily:
-Triton exists on Linux only. ``TRITON_INTERPRET=1`` runs it on tensors in main memory.
+Triton exists on Linux only. The first Gram of an architecture compiles for up to a minute or so; Triton keeps the
+result on disk. ``TRITON_INTERPRET=1`` runs the kernel on tensors in main memory.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class Tiling:
     """How a level is spread over the device.
 
     Args:
-        columns: Pixels of a row that one lane holds, at most.
+        columns: Pixels of a row that one lane holds, at most; half as many in the levels that lie above the first: they
+            have less work to fill the device with, and the time to compile grows faster than quadratically.
         warps: Warps of a program.
         workspace_bytes: Memory for the sums between levels; it sets how many pairs one launch takes.
     """
@@ -263,7 +265,7 @@ def _launches(network: Plan, kind: str, shape: tuple[int, ...], tiling: Tiling) 
         window, next_window = (network.window(n, last) if network.flat else None for n in (number, number + 1))
         dy, dx, next_dx = _offsets(height, window), _offsets(width, window), _offsets(width // 2, next_window)
         pool, tensors = number < last, 1 + (kind == "ntk")
-        columns = triton.cdiv(width, triton.cdiv(width, tiling.columns))
+        columns = triton.cdiv(width, triton.cdiv(width, tiling.columns if number == 0 else max(2, tiling.columns // 2)))
         columns += pool * columns % 2
         chunks, lanes = triton.cdiv(width, columns), triton.next_power_of_2(dx[0])
         active = [step.activation is not None for step in steps]
