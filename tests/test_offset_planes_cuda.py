@@ -180,20 +180,20 @@ def test_every_run_and_every_blocking_gives_the_same_bits() -> None:
 
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize(
-    ("net", "shape", "kind", "columns", "warps"),
+    ("net", "shape", "kind"),
     [
-        (lambda: MyrtleCNN(2), (3, 32, 32), "ntk", 4, 1),
-        (lambda: FiveLayerCNN(2), (1, 64, 64), "nngp", 4, 1),
-        (lambda: cnn(3, nn.GELU(), "pool", 3, nn.LeakyReLU(), "pool", 3, Erf(), "flat"), (3, 12, 28), "ntk", 4, 4),
+        (lambda: MyrtleCNN(2), (3, 32, 32), "ntk"),
+        (lambda: FiveLayerCNN(2), (1, 64, 64), "nngp"),
+        (lambda: cnn(3, nn.GELU(), "pool", 3, nn.LeakyReLU(), "pool", 3, Erf(), "flat"), (3, 12, 28), "ntk"),
     ],
     ids=["myrtle5", "cnn5", "flat"],
 )
 def test_sm_90_compiles_into_registers_alone(
-    net: Callable[[], nn.Sequential], shape: tuple[int, int, int], kind: str, columns: int, warps: int, double: bool
+    net: Callable[[], nn.Sequential], shape: tuple[int, int, int], kind: str, double: bool
 ) -> None:
     from ntk_lightning.kernels.offset_planes_cuda import Tiling, compile_levels
 
-    levels = compile_levels(parse(net()), kind, shape, Tiling(columns, warps), double)
+    levels = compile_levels(parse(net()), kind, shape, Tiling(columns=4), double)
     assert len(levels) > 1
     assert [level["shared"] for level in levels] == [0] * len(levels)
     assert max(level["spilled"] for level in levels) <= 64

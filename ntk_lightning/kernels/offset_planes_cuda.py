@@ -8,7 +8,8 @@ convolution is a circular box filter over y and x that is cut where y, y', x or 
   convolution, the two rows it still needs, so no covariance of a level is ever stored, not even in shared memory: the
   filter over x is additions of registers, the one over y a recurrence. (As matrix products with band matrices the
   filter would be some 128 flops an entry instead of 6; through shared memory, six loads and two barriers a row.)
-  Interior edges of chunks are computed twice, a column an edge and convolution; wider chunks trade that for registers.
+  Interior edges of chunks are computed twice, a column an edge and convolution: the first level of Myrtle-5 is 145,
+  115 or 104 instructions an entry of sm_90 code in 68, 136 or 255 registers with chunks of 4, 8 or 16 columns.
 - The lanes of one (pair, dy) are neighbours in a warp, so loads of the second image are contiguous, those of the first
   are broadcast, and pooling over x, which adds odd offsets to their even neighbours, is two warp shuffles.
 - A level ends by storing its sums over x; the next one adds rows and neighbouring dy on loading. That is 2 MB a pair at
