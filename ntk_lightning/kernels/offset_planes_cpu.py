@@ -5,15 +5,17 @@ block after the other, and the pixels' standard deviations come from the same co
 over the few offsets that pooling carries to offset 0: a fraction of the cost of one pair, so nothing is kept between
 calls. No threading layer of Numba is used, so concurrent callers and forks are safe.
 
-The levels after the second pooling hold 1/256 of the covariances, and most of those with a correlation near one, where
-the NTK is most sensitive to rounding: they are always computed in float64.
+The NTK is most sensitive to rounding where correlations are near one: at equal pixels of similar images, and after some
+layers everywhere. Where such covariances weigh much and cost little, they are always computed in float64: in networks
+that end in ``nn.Flatten``, on few pixels, after the second pooling, which leaves 1/256 of the covariances, and for
+pairs of images that are almost but not quite the same.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,7 +34,8 @@ T = TypeVar("T")
 Arrays = tuple[NDArray[Any], NDArray[Any]]  # of the levels in the inputs' precision, and of the deep ones in float64
 
 _KINDS = {"relu": tiles.RELU, "erf": tiles.ERF, "gelu": tiles.GELU}
-_DEEP = 2  # the first level that is always computed in float64
+_DEEP, _FEW = 2, 16  # levels from this one on, and those of so few pixels, are always computed in float64
+_NEAR = 1e-2  # distance of images, scaled to length one, below which their pair is computed in float64
 _ALL = 2**31  # more than any offset
 _TILE = 1024  # entries of a tile at full resolution that suit the innermost cache
 _JOB = 2**28  # covariances in one uninterruptible block, a fraction of a second
@@ -77,7 +80,8 @@ class _Program:
         steps: list[tuple[float, ...]] = []
         cuts = []
         for depth, window in enumerate(reach):
-            deep, height, width = int(depth >= _DEEP), shape[1] >> depth, shape[2] >> depth
+            height, width = shape[1] >> depth, shape[2] >> depth
+            deep = int(depth >= _DEEP or (depth > 0 and height * width <= _FEW))
             lanes1, lanes = self._lanes(width)
             rows, border, first = 1 if self.flat else width, lanes + LANES, len(steps)
             for step in network.levels[depth]:
@@ -94,7 +98,7 @@ class _Program:
             store = scratch + (4 + 4 * count) * span
             store_gap = height**2 * (rows + 1) * lanes + 2 * border if depth else 0
             at[deep] = store + 2 * store_gap
-            neighbour, tiny = 1 if self.flat else lanes + 1, rounding * (0.01 if deep else 0.6)
+            neighbour, tiny = 1 if self.flat else lanes + 1, rounding * (0.01 if deep else 1.1)
             numbers = height, width, rows, lanes, neighbour, lanes1, first, count, min(window, height - 1)
             levels.append((*numbers, deep, cut, scratch, span, store, store_gap, tiny))
         every = self.flat or reach[-1] > 0
@@ -137,9 +141,12 @@ class _Program:
     def unpack(self, packed: Arrays, into: Arrays) -> None:
         """Undo :meth:`pack` of one image a row."""
         for source, target, tables in zip(packed, into, self.tables, strict=True):
-            parts = np.split(source, np.cumsum([rows * _whole_vectors(width) for rows, width in tables])[:-1], 1)
-            rows_of = [p.reshape(len(p), t[0], -1)[..., : t[1]] for p, t in zip(parts, tables, strict=False)]
-            target[...] = np.concatenate([target[:, :0], *(p.reshape(len(p), -1) for p in rows_of)], 1)
+            at = to = 0
+            for rows, width in tables:
+                size = rows * _whole_vectors(width)
+                pixels = source[:, at : at + size].reshape(len(source), rows, -1)[..., :width]
+                target[:, to : to + rows * width] = pixels.reshape(len(source), -1)
+                at, to = at + size, to + rows * width
 
     def means(self, left: Arrays, right: Arrays, itself: bool = False, triangle: bool = False) -> Tensor:
         """Means over pixels of NNGP and NTK at the last level, (left images, right images, 2) in float64."""
@@ -167,9 +174,10 @@ def gram(layers: Sequence[Layer], kind: str, x1: Tensor, x2: Tensor | None, adva
     """
     network, fields = plan(layers), 1 if kind == "nngp" else 2
     whole = any(isinstance(layer, Activation) for layer in network.head)
+    result = x1.new_empty(len(x1), len(x1 if x2 is None else x2))
+    x1, x2 = _widened(network, x1), None if x2 is None else _widened(network, x2)
     tables1, own1 = _with_itself(network, x1, fields, whole)
     tables2, own2 = (tables1, own1) if x2 is None else _with_itself(network, x2, fields, whole)
-    result = x1.new_empty(len(own1), len(own2))
     reach = _reach(network, len(network.levels), network.flat)
     images = _side_by_side(x1.shape[3], 1 if reach[0] == 0 else x1.shape[3], len(own2))
     program = _Program(network, x1.shape[1:], tables1[0].dtype, images, fields, reach)
@@ -192,8 +200,19 @@ def gram(layers: Sequence[Layer], kind: str, x1: Tensor, x2: Tensor | None, adva
     covariances = (x1.shape[2] * x1.shape[3]) ** (1 if program.flat else 2)
     side = int(min((_JOB / covariances) ** 0.5, (result.numel() / (8 * torch.get_num_threads())) ** 0.5))
     rows, columns = (_cut(n, -(-max(1, side) // images) * images) for n in result.shape)
-    for finished in _parallel(block, [(i, j) for i in rows for j in columns if x2 is not None or i.start <= j.start]):
+    blocks = ((i, j) for i in rows for j in columns if x2 is not None or i.start <= j.start)
+    for finished in _parallel(block, blocks):
         advance(finished)
+    if kind == "ntk" and x1.dtype == torch.float32:
+        for i, near in _almost_equal(x1, x1 if x2 is None else x2):
+            j = near if x2 is not None else near[near > i]
+            if len(j):
+                exact = gram(
+                    layers, kind, x1[i : i + 1].double(), (x1 if x2 is None else x2)[j].double(), lambda _: None
+                )
+                result[i, j] = exact[0].to(result.dtype)
+                if x2 is None:
+                    result[j, i] = result[i, j]
     return result
 
 
@@ -209,9 +228,25 @@ def diag(layers: Sequence[Layer], kind: str, x: Tensor) -> Tensor:
         The diagonal of the Gram of x, (n,).
     """
     network = plan(layers)
-    own = _with_itself(network, x, 1 if kind == "nngp" else 2, whole=True)[1]
+    own = _with_itself(network, _widened(network, x), 1 if kind == "nngp" else 2, whole=True)[1]
     kernel = finish(network.head, kind, own[:, :1], own[:, 1:], own[:, 0], own[:, :1])
     return kernel[:, 0].to(x.dtype)
+
+
+def _almost_equal(x1: Tensor, x2: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield each index of x1 that has almost equal images in x2, with their indices."""
+    unit1, unit2 = (torch.nn.functional.normalize(x.flatten(1)) for x in (x1, x2))
+    for start in range(0, len(unit1), 256):
+        near = unit1[start : start + 256] @ unit2.T > 1 - _NEAR**2 / 2
+        for row in near.any(1).nonzero()[:, 0].tolist():
+            candidates = near[row].nonzero()[:, 0]
+            candidates = candidates[(x2[candidates] != x1[start + row]).flatten(1).any(1)]
+            yield start + row, candidates
+
+
+def _widened(network: Plan, x: Tensor) -> Tensor:
+    """The images in float64 where already the first level is to be computed in it."""
+    return x.double() if network.flat or x[0, 0].numel() <= _FEW else x
 
 
 def _with_itself(network: Plan, x: Tensor, fields: int, whole: bool) -> tuple[Arrays, Tensor]:
@@ -273,13 +308,18 @@ def _aligned(array: NDArray[Any]) -> NDArray[Any]:
     return copy
 
 
-def _parallel(function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> Iterator[T]:
+def _parallel(function: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> Iterator[T]:
     """Yield results as they come, from as many threads as torch uses; an interrupt waits for running calls only."""
-    with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), len(arguments)))) as pool:
-        futures = [pool.submit(function, *a) for a in arguments]
+    threads = torch.get_num_threads()
+    pending: set[Future[T]] = set()
+    with ThreadPoolExecutor(threads) as pool:
         try:
-            for future in as_completed(futures):
-                yield future.result()
+            for a in arguments:
+                pending.add(pool.submit(function, *a))
+                if len(pending) >= 4 * threads:
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            yield from (future.result() for future in as_completed(pending))
         finally:
-            for future in futures:
+            for future in pending:
                 future.cancel()
