@@ -1,6 +1,8 @@
 """Infinite NTK of Myrtle-5/7/10 at 32x32 on a GPU: pairs/s, fraction of the fp32 peak, tilings, time for 10,000 images.
 
-python benchmarks/infinite_ntk_cuda.py [--n N] [--tune-n N]
+python benchmarks/infinite_ntk_cuda.py [--depths 5 7 10] [--columns 4 8 16] [--n N] [--tune-n N]
+
+Compiling takes most of the time, and grows fast with the columns: a run of one depth updates the file of results.
 
 Floating-point operations are counted by formula, a multiply-add as two, without the columns that chunks repeat: an
 entry of a covariance costs 2 a channel for the images, 6 a convolution and tensor (4 additions, weight, bias), 32 an
@@ -10,11 +12,12 @@ activation and 2 a pooling. Without a GPU the script prints what the kernels nee
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import re
 import subprocess
 import time
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,6 @@ from ntk_lightning.kernels.offset_planes_cuda import Tiling, compile_levels, gra
 from ntk_lightning.networks import MyrtleCNN
 
 SHAPE = (3, 32, 32)
-DEPTHS = (5, 7, 10)
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -37,20 +39,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--n", type=int, default=1024, help="images of the measured Gram")
     parser.add_argument("--tune-n", type=int, default=160, help="images of the Grams that tilings are compared on")
+    parser.add_argument("--depths", type=int, nargs="+", default=[5, 7, 10])
+    parser.add_argument("--columns", type=int, nargs="+", default=[4, 8, 16], help="pixels of a lane, to try")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("No GPU here: nothing is timed, below is what the kernels need of one with compute capability 9.0.")
-        print(json.dumps({f"myrtle{depth}": needs(parse(MyrtleCNN(depth=depth))) for depth in DEPTHS}, indent=2))
+        print(
+            json.dumps({f"myrtle{depth}": needs(parse(MyrtleCNN(depth=depth))) for depth in arguments.depths}, indent=2)
+        )
         return
     name = torch.cuda.get_device_name()
     report: dict[str, Any] = {"gpu": name, "torch": torch.__version__, "triton": triton.__version__, "shape": SHAPE}
     report["fp32_peak_tflops"] = peak() / 1e12
-    for depth in DEPTHS:
-        report[f"myrtle{depth}"] = measure(parse(MyrtleCNN(depth=depth)), arguments.n, arguments.tune_n)
+    for depth in arguments.depths:
+        report[f"myrtle{depth}"] = measure(
+            parse(MyrtleCNN(depth=depth)), arguments.n, arguments.tune_n, arguments.columns
+        )
         print(f"myrtle{depth}", json.dumps(report[f"myrtle{depth}"], indent=2), flush=True)
     RESULTS.mkdir(exist_ok=True)
     slug = re.sub(r"\W+", "_", name).lower()
-    (RESULTS / f"infinite_ntk_{slug}.json").write_text(json.dumps(report, indent=2) + "\n")
+    path = RESULTS / f"infinite_ntk_{slug}.json"
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(earlier | report, indent=2) + "\n")
 
 
 def needs(layers: tuple[Layer, ...]) -> dict[str, Any]:
@@ -59,13 +69,18 @@ def needs(layers: tuple[Layer, ...]) -> dict[str, Any]:
     return {"levels": levels, "compile_seconds": round(time.perf_counter() - start, 1)}
 
 
-def measure(layers: tuple[Layer, ...], n: int, tune_n: int) -> dict[str, Any]:
-    tilings = [Tiling(columns, warps) for columns, warps in itertools.product((4, 8, 16), (1, 2, 4))]
-    table = [row(layers, tiling, tune_n) for tiling in tilings]
-    best = tilings[max(range(len(table)), key=lambda i: table[i]["pairs_per_second"])]
-    sizes = [Tiling(best.columns, best.warps, 2**power) for power in (24, 25, 26, 28, 29)]
-    table += [row(layers, tiling, tune_n) for tiling in sizes]
-    best = max(zip([*tilings, *sizes], table, strict=True), key=lambda pair: pair[1]["pairs_per_second"])[0]
+def measure(layers: tuple[Layer, ...], n: int, tune_n: int, columns: list[int]) -> dict[str, Any]:
+    table: list[tuple[float, Tiling, dict[str, Any]]] = []
+
+    def best_of(tilings: Iterable[Tiling]) -> Tiling:
+        for tiling in tilings:
+            line = row(layers, tiling, tune_n)
+            table.append((line["pairs_per_second"], tiling, line))
+        return max(table, key=lambda entry: entry[0])[1]
+
+    best = best_of(Tiling(count) for count in columns)
+    best = best_of(replace(best, warps=warps) for warps in (2, 4))
+    best = best_of(replace(best, workspace_bytes=2**power) for power in (24, 25, 26, 28, 29))
     seconds = time_gram(layers, images(n), best)
     rate = n * (n + 1) / 2 / seconds
     few = images(6)
@@ -74,6 +89,7 @@ def measure(layers: tuple[Layer, ...], n: int, tune_n: int) -> dict[str, Any]:
     return {
         "n": n,
         "tiling": vars(best),
+        "levels": compile_levels(layers, "ntk", SHAPE, best, capability=capability()),
         "seconds": seconds,
         "pairs_per_second": rate,
         "fraction_of_fp32_peak": rate * flops(layers) / peak(),
@@ -81,7 +97,7 @@ def measure(layers: tuple[Layer, ...], n: int, tune_n: int) -> dict[str, Any]:
         "extrapolated_seconds_for_10000_symmetric": 10_000 * 10_001 / 2 / rate,
         "extrapolated_seconds_for_10000_by_10000": 1e8 / rate,
         "max_relative_error_of_6_images": float(error.max()),
-        "tilings": table,
+        "tilings": [line for _, _, line in table],
     }
 
 
@@ -92,10 +108,9 @@ def row(layers: tuple[Layer, ...], tiling: Tiling, n: int) -> dict[str, Any]:
     gram(layers, "ntk", x[:2], None, lambda _: None, tiling)
     compiling = time.perf_counter() - start
     seconds = sorted(time_gram(layers, x, tiling) for _ in range(3))[1]
-    levels = compile_levels(layers, "ntk", SHAPE, tiling, capability=capability())
     line = {**vars(tiling), "pairs_per_second": n * (n + 1) / 2 / seconds, "compile_seconds": compiling}
     print(json.dumps(line), flush=True)
-    return line | {"levels": levels}
+    return line
 
 
 def images(n: int) -> Tensor:
