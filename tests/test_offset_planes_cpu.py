@@ -131,6 +131,9 @@ def test_float32_bound_at_full_size_with_near_duplicates(depth: int) -> None:
         gram = offset_planes_cpu.gram(layers, kind, x, None, ignore)
         expected = offset_planes_cpu.gram(layers, kind, x.double(), None, ignore)
         assert (gram.double() / expected - 1).abs().max() < 5e-6
+        assert torch.equal(gram, gram.T)
+        cross = offset_planes_cpu.gram(layers, kind, x[3:6], x, ignore)
+        assert (cross.double() / expected[3:6] - 1).abs().max() < 5e-6
 
 
 def test_float64_equals_the_reference_at_full_size() -> None:

@@ -14,8 +14,8 @@ pairs of images that are almost but not quite the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from typing import Any, TypeVar
 
 import numpy as np
@@ -141,9 +141,12 @@ class _Program:
     def unpack(self, packed: Arrays, into: Arrays) -> None:
         """Undo :meth:`pack` of one image a row."""
         for source, target, tables in zip(packed, into, self.tables, strict=True):
-            parts = np.split(source, np.cumsum([rows * _whole_vectors(width) for rows, width in tables])[:-1], 1)
-            rows_of = [p.reshape(len(p), t[0], -1)[..., : t[1]] for p, t in zip(parts, tables, strict=False)]
-            target[...] = np.concatenate([target[:, :0], *(p.reshape(len(p), -1) for p in rows_of)], 1)
+            at = to = 0
+            for rows, width in tables:
+                size = rows * _whole_vectors(width)
+                pixels = source[:, at : at + size].reshape(len(source), rows, -1)[..., :width]
+                target[:, to : to + rows * width] = pixels.reshape(len(source), -1)
+                at, to = at + size, to + rows * width
 
     def means(self, left: Arrays, right: Arrays, itself: bool = False, triangle: bool = False) -> Tensor:
         """Means over pixels of NNGP and NTK at the last level, (left images, right images, 2) in float64."""
@@ -172,7 +175,6 @@ def gram(layers: Sequence[Layer], kind: str, x1: Tensor, x2: Tensor | None, adva
     network, fields = plan(layers), 1 if kind == "nngp" else 2
     whole = any(isinstance(layer, Activation) for layer in network.head)
     result = x1.new_empty(len(x1), len(x1 if x2 is None else x2))
-    inputs = x1, x1 if x2 is None else x2
     x1, x2 = _widened(network, x1), None if x2 is None else _widened(network, x2)
     tables1, own1 = _with_itself(network, x1, fields, whole)
     tables2, own2 = (tables1, own1) if x2 is None else _with_itself(network, x2, fields, whole)
@@ -198,12 +200,19 @@ def gram(layers: Sequence[Layer], kind: str, x1: Tensor, x2: Tensor | None, adva
     covariances = (x1.shape[2] * x1.shape[3]) ** (1 if program.flat else 2)
     side = int(min((_JOB / covariances) ** 0.5, (result.numel() / (8 * torch.get_num_threads())) ** 0.5))
     rows, columns = (_cut(n, -(-max(1, side) // images) * images) for n in result.shape)
-    for finished in _parallel(block, [(i, j) for i in rows for j in columns if x2 is not None or i.start <= j.start]):
+    blocks = ((i, j) for i in rows for j in columns if x2 is not None or i.start <= j.start)
+    for finished in _parallel(block, blocks):
         advance(finished)
-    if x1.dtype == torch.float32:
-        for i, j in _almost_equal(*inputs):
-            precise = inputs[0][i : i + 1].double(), inputs[1][j].double()
-            result[i, j] = gram(layers, kind, *precise, lambda _: None)[0].to(result.dtype)
+    if kind == "ntk" and x1.dtype == torch.float32:
+        for i, near in _almost_equal(x1, x1 if x2 is None else x2):
+            j = near if x2 is not None else near[near > i]
+            if len(j):
+                exact = gram(
+                    layers, kind, x1[i : i + 1].double(), (x1 if x2 is None else x2)[j].double(), lambda _: None
+                )
+                result[i, j] = exact[0].to(result.dtype)
+                if x2 is None:
+                    result[j, i] = result[i, j]
     return result
 
 
@@ -232,8 +241,7 @@ def _almost_equal(x1: Tensor, x2: Tensor) -> Iterator[tuple[int, Tensor]]:
         for row in near.any(1).nonzero()[:, 0].tolist():
             candidates = near[row].nonzero()[:, 0]
             candidates = candidates[(x2[candidates] != x1[start + row]).flatten(1).any(1)]
-            if len(candidates):
-                yield start + row, candidates
+            yield start + row, candidates
 
 
 def _widened(network: Plan, x: Tensor) -> Tensor:
@@ -300,13 +308,18 @@ def _aligned(array: NDArray[Any]) -> NDArray[Any]:
     return copy
 
 
-def _parallel(function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> Iterator[T]:
+def _parallel(function: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> Iterator[T]:
     """Yield results as they come, from as many threads as torch uses; an interrupt waits for running calls only."""
-    with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), len(arguments)))) as pool:
-        futures = [pool.submit(function, *a) for a in arguments]
+    threads = torch.get_num_threads()
+    pending: set[Future[T]] = set()
+    with ThreadPoolExecutor(threads) as pool:
         try:
-            for future in as_completed(futures):
-                yield future.result()
+            for a in arguments:
+                pending.add(pool.submit(function, *a))
+                if len(pending) >= 4 * threads:
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            yield from (future.result() for future in as_completed(pending))
         finally:
-            for future in futures:
+            for future in pending:
                 future.cancel()

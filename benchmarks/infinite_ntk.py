@@ -1,0 +1,254 @@
+"""The infinite NTK of Myrtle networks on CPUs: speed beside neural-tangents, scaling, accuracy, memory, first call.
+
+neural-tangents 0.6.5 needs an environment of its own; name its Python by --neural-tangents-python or by the environment
+variable NEURAL_TANGENTS_PYTHON. It runs under jax.jit in float32 on all cores, compiled before the clock starts, in the
+batch that --batch sets; both libraries take turns, and medians are compared. "Per core" counts processor time, which
+other programs on the machine disturb less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ntk_lightning.kernels import InfiniteNTK
+from ntk_lightning.networks import MyrtleCNN
+
+RESULTS = Path(__file__).parent / "results" / "infinite_ntk_cpu.json"
+
+NEURAL_TANGENTS = """
+import sys, time
+import jax, numpy as np
+from neural_tangents import stax
+
+def myrtle(depth):
+    layers = []
+    for block, convolutions in enumerate({5: (2, 1, 1), 10: (3, 3, 3)}[depth]):
+        if block:
+            layers.append(stax.AvgPool((2, 2), strides=(2, 2)))
+        for _ in range(convolutions):
+            layers += [stax.Conv(1, (3, 3), padding="SAME", W_std=2**0.5), stax.Relu()]
+    return stax.serial(*layers, stax.GlobalAvgPool(), stax.Dense(1, W_std=2**0.5))[2]
+
+batch = int(sys.argv[1])
+x1, x2 = np.random.default_rng(0).standard_normal((2, batch, 32, 32, 3)).astype(np.float32)
+compiled = {
+    depth: jax.jit(lambda a, b, kernel=myrtle(depth): kernel(a, b, "ntk")).lower(x1, x2).compile() for depth in (5, 10)
+}
+print("ready", flush=True)
+for line in sys.stdin:
+    wall, cpu = time.perf_counter(), time.process_time()
+    compiled[int(line)](x1, x2).block_until_ready()
+    print(time.perf_counter() - wall, time.process_time() - cpu, flush=True)
+"""
+
+MEMORY = """
+import resource, torch
+from ntk_lightning.kernels import InfiniteNTK
+from ntk_lightning.networks import MyrtleCNN
+kernel = InfiniteNTK(MyrtleCNN(1))
+kernel(torch.randn(2, 3, 8, 8))
+x = torch.randn(2000, 3, 16, 16)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+gram = kernel(x)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(peak / 1024 - gram.nbytes / 2**20)
+"""
+
+FIRST_CALL = """
+import time, torch
+from ntk_lightning.kernels import InfiniteNTK
+from ntk_lightning.networks import MyrtleCNN
+start = time.perf_counter()
+InfiniteNTK(MyrtleCNN(1))(torch.ones(1, 3, 32, 32))
+print(time.perf_counter() - start)
+"""
+
+
+def machine() -> str:
+    """Name the processor and its cores."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def seconds(work: Callable[[], object]) -> tuple[float, float]:
+    """Wall time and processor time."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+@contextmanager
+def neural_tangents(python: str | None, batch: int) -> Iterator[Callable[[int], tuple[float, float]] | None]:
+    """A function that times one batch of a depth in the other environment, or None."""
+    if not python:
+        print("neural-tangents is skipped: set NEURAL_TANGENTS_PYTHON to the Python of its environment.")
+        yield None
+        return
+    command = [python, "-c", NEURAL_TANGENTS, str(batch)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, env=environment, **pipes) as process:
+        assert process.stdin
+        assert process.stdout
+        if process.stdout.readline().strip() != "ready":
+            sys.exit(
+                f"neural-tangents does not run in {Path(python).name}; install neural-tangents==0.6.5 jax==0.4.30."
+            )
+
+        def run(depth: int) -> tuple[float, float]:
+            assert process.stdin
+            assert process.stdout
+            print(depth, file=process.stdin, flush=True)
+            wall, cpu = process.stdout.readline().split()
+            return float(wall), float(cpu)
+
+        yield run
+        process.stdin.close()
+
+
+def speed(python: str | None, batch: int, rounds: int) -> list[dict[str, Any]]:
+    print(f"\nFloat32 NTK at 32x32, medians of {rounds} rounds in turn")
+    print(f"{'':10}{'pairs/s':>12}{'per core':>12}{'neural-tangents':>18}{'per core':>12}{'ratio':>8}{'per core':>10}")
+    x1, x2 = torch.randn(2, 32, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    rows = []
+    with neural_tangents(python, batch) as other:
+        for depth in (5, 10):
+            kernel = InfiniteNTK(MyrtleCNN(1, depth), backend="cpu")
+            kernel(x1[:2], x2[:2])
+            ours, theirs = [], []
+            for _ in range(rounds):
+                ours.append(seconds(lambda kernel=kernel: kernel(x1, x2)))
+                if other:
+                    theirs.append(other(depth))
+            row: dict[str, Any] = {"network": f"Myrtle-{depth}"}
+            row["pairs_per_s"], row["pairs_per_core_s"] = (1024 / statistics.median(t) for t in zip(*ours, strict=True))
+            line = f"{row['network']:10}{row['pairs_per_s']:12.0f}{row['pairs_per_core_s']:12.0f}"
+            if other:
+                names = "neural_tangents_pairs_per_s", "neural_tangents_pairs_per_core_s"
+                row |= zip(names, (batch**2 / statistics.median(t) for t in zip(*theirs, strict=True)), strict=True)
+                row["ratio"] = row["pairs_per_s"] / row[names[0]]
+                row["ratio_per_core"] = row["pairs_per_core_s"] / row[names[1]]
+                line += f"{row[names[0]]:18.2f}{row[names[1]]:12.2f}{row['ratio']:8.0f}{row['ratio_per_core']:10.0f}"
+            print(line, flush=True)
+            rows.append(row)
+    return rows
+
+
+def scaling(rounds: int) -> dict[str, list[dict[str, float]]]:
+    kernel = InfiniteNTK(MyrtleCNN(1), backend="cpu")
+    tasks = {("n", n): (n, 16) for n in (128, 256, 512)} | {("side", s): (2**14 // s**2, s) for s in (8, 16, 32)}
+    images = {key: torch.randn(n, 3, side, side) for key, (n, side) in tasks.items()}
+    times: dict[tuple[str, int], list[float]] = {key: [] for key in tasks}
+    for _ in range(rounds):
+        for key, x in images.items():
+            times[key].append(seconds(lambda x=x: kernel(x))[1])
+    tables: dict[str, list[dict[str, float]]] = {"n": [], "side": []}
+    for (name, value), cpu in times.items():
+        n = len(images[name, value])
+        cost = statistics.median(cpu) * (1 if name == "n" else 1e6 / (n * (n + 1) / 2))
+        table = tables[name]
+        power = math.log(cost / table[-1]["cost"], value / table[-1][name]) if table else math.nan
+        table.append({name: value, "cost": cost, "power": power})
+    for name, title in (
+        ("n", "Core-seconds of a symmetric Gram, Myrtle-5 at 16x16, against n (quadratic: power 2)"),
+        ("side", "Core-microseconds of a pair, Myrtle-5, against the side (fourth power)"),
+    ):
+        print(f"\n{title}\n{name:>8}{'cost':>14}{'power':>8}")
+        for row in tables[name]:
+            print(f"{row[name]:8.0f}{row['cost']:14.4g}" + ("" if math.isnan(row["power"]) else f"{row['power']:8.2f}"))
+            if math.isnan(row["power"]):
+                del row["power"]
+    return tables
+
+
+def accuracy() -> list[dict[str, Any]]:
+    """Relative distance of float32 from float64, at its largest, on sets of images of which some are hard."""
+    generator = torch.Generator().manual_seed(0)
+
+    def near(x: Tensor) -> Tensor:
+        noise = torch.tensor([1e-4, 3e-4, 1e-3, 3e-3])[:, None, None, None]
+        return torch.cat([x[:4], x[:4] + noise * torch.randn(4, 3, 32, 32, generator=generator), x[:1]])
+
+    smooth = F.interpolate(torch.randn(8, 3, 6, 6, generator=generator), size=(32, 32), mode="bicubic")
+    sets = {
+        "standard normal": torch.randn(8, 3, 32, 32, generator=generator),
+        "smooth, saturated": smooth.clamp(-1.0, 0.8),
+        "near-duplicates": near(smooth),
+    }
+    print(f"\nLargest relative error of float32 against float64\n{'':12}" + "".join(f"{name:>20}" for name in sets))
+    rows = []
+    for depth in (5, 7, 10):
+        row: dict[str, Any] = {"network": f"Myrtle-{depth}"}
+        for name, x in sets.items():
+            kernel = InfiniteNTK(MyrtleCNN(1, depth), backend="cpu")
+            row[name] = float((kernel(x).double() / kernel(x.double()) - 1).abs().max())
+        print(f"{row['network']:12}" + "".join(f"{row[name]:20.1e}" for name in sets), flush=True)
+        rows.append(row)
+    x = sets["smooth, saturated"][:2].double()
+    exact = InfiniteNTK(MyrtleCNN(1), backend="reference")(x[:1], x[1:])
+    error = float((InfiniteNTK(MyrtleCNN(1), backend="cpu")(x[:1], x[1:]) / exact - 1).abs().max())
+    print(f"float64 against the plain reference, Myrtle-5: {error:.1e}")
+    return [*rows, {"network": "Myrtle-5", "float64 against the reference": error}]
+
+
+def child(code: str) -> float:
+    """The number that a fresh process prints."""
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--neural-tangents-python", default=os.environ.get("NEURAL_TANGENTS_PYTHON"))
+    parser.add_argument("--batch", type=int, default=8, help="images a side of neural-tangents' batch")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numba", "llvmlite", "numpy")}
+    result: dict[str, Any] = {"machine": machine(), "python": platform.python_version()} | versions
+    result |= {"threads": torch.get_num_threads(), "neural_tangents_batch": options.batch, "rounds": options.rounds}
+    print(json.dumps(result))
+    child(FIRST_CALL)  # compiles where that has not been done yet
+    result["first_call_of_a_second_process_s"] = statistics.median(child(FIRST_CALL) for _ in range(3))
+    print(f"First call of a second process, after the imports: {result['first_call_of_a_second_process_s']:.2f} s")
+    result["speed"] = speed(options.neural_tangents_python, options.batch, options.rounds)
+    result["scaling"] = scaling(options.rounds)
+    result["accuracy"] = accuracy()
+    result["peak_mib_n2000_16x16"] = child(MEMORY)
+    print(
+        f"\nPeak memory of n=2000 at 16x16 above imports, images and result: {result['peak_mib_n2000_16x16']:.0f} MiB"
+    )
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(_rounded(result), indent=2) + "\n")
+
+
+def _rounded(value: Any) -> Any:  # noqa: ANN401 - JSON
+    match value:
+        case float():
+            return float(f"{value:.4g}")
+        case dict():
+            return {name: _rounded(entry) for name, entry in value.items()}
+        case list():
+            return [_rounded(entry) for entry in value]
+    return value
+
+
+if __name__ == "__main__":
+    main()
