@@ -6,7 +6,8 @@ between a vector and a number, work on all lanes, ``a * b + c`` may be fused, an
 splits a vector where registers are narrower (AVX2, NEON).
 
 Everything here is for compiled code only. Indices count entries of a flat array and are not checked: a wrong one reads
-or writes foreign memory.
+or writes foreign memory. Numba's cache of compiled code watches the file of the cached function only: after a change
+here, touch :mod:`ntk_lightning.kernels.tiles`.
 """
 
 # ruff: noqa: ANN401 - the objects of Numba and LLVM have no types
