@@ -1,6 +1,6 @@
-"""What the empirical NTK and the Taylor models cost, beside what else computes them.
+"""What empirical kernels, Taylor models, kernel fits and their training cost, beside what else computes them.
 
-python benchmarks/empirical_ntk.py [--neural-tangents PYTHON] [--threads N] [--rounds N] [--only speed memory taylor]
+python benchmarks/empirical_ntk.py [--neural-tangents PYTHON] [--threads N] [--rounds N] [--only PART ...]
 
 neural-tangents runs in an environment of its own, whose interpreter the option or NEURAL_TANGENTS_PYTHON names.
 """
@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -23,8 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from kernel_fits import critical_rate, kernel_sgd_beside_memory
+from machine import machine
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
+from training import trainer_beside_loop, watching_beside_training
 
 from ntk_lightning.kernels import EmpiricalNTK
 from ntk_lightning.modules.taylor_expansion import taylor_expansion
@@ -222,19 +223,15 @@ def taylor(options: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": seconds}
 
 
-def machine() -> dict[str, Any]:
-    """Name the machine by what matters for speed."""
-    info = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        **versions,
-    }
-
-
-PARTS = {"speed": speed, "memory": memory, "taylor": taylor}
+PARTS = {
+    "speed": speed,
+    "memory": memory,
+    "taylor": taylor,
+    "kernel_sgd": kernel_sgd_beside_memory,
+    "trainer": trainer_beside_loop,
+    "dynamics": watching_beside_training,
+    "critical": critical_rate,
+}
 
 
 def main() -> None:

@@ -1,12 +1,11 @@
 """What training costs beside a bare PyTorch loop, and what watching the empirical NTK costs beside the training.
 
-python benchmarks/training.py [--rounds N]
+Parts of empirical_ntk.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import statistics
 import tempfile
@@ -15,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from kernel_sgd import RESULTS, machine
 from lightning import Trainer
 
 from ntk_lightning.callbacks import EmpiricalNTKDynamics
@@ -23,6 +21,8 @@ from ntk_lightning.datamodules import FashionMNISTBinary
 from ntk_lightning.modules import FiniteNetwork
 from ntk_lightning.networks import MyrtleCNN
 from ntk_lightning.optim import OptimizerConfig
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
 def fit(width: int, n: int, epochs: int, folder: str, **kwargs: Any) -> Callable[[], None]:  # noqa: ANN401 - passed on
@@ -81,29 +81,20 @@ def ratio(first: Callable[[], None], second: Callable[[], None], rounds: int) ->
     return statistics.median(ratios), ratios
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+def trainer_beside_loop(options: argparse.Namespace) -> dict[str, Any]:
+    """Part 5: FiniteNetwork under Trainer, no callbacks, n=4000, width 16."""
     with tempfile.TemporaryDirectory() as folder:
-        overhead, overheads = ratio(bare_loop(16, 4000, 1), fit(16, 4000, 1, folder), rounds)
-        print(
-            f"FiniteNetwork under Trainer, n=4000, width 16: {overhead:.3f} of the samples/s of a bare loop (>= 0.95)"
-        )
-        epochs = 40
-        watch = fit(64, 256, epochs, folder, callbacks=[EmpiricalNTKDynamics(log_spaced=30)])
-        watched, all_watched = ratio(watch, fit(64, 256, epochs, folder), 1)
-        steps = epochs * OptimizerConfig().steps_per_epoch(256)
-        print(f"Watching K^t at 30 log-spaced of {steps} steps, n=256, width 64: {watched:.2f} times the run without")
-    result = {
-        "machine": machine(),
-        "torch": torch.__version__,
-        "samples_per_second_of_bare_loop": {"median": overhead, "rounds": overheads},
-        "watched_over_unwatched": {"median": watched, "rounds": all_watched},
-    }
-    (RESULTS / "training_cpu.json").write_text(json.dumps(result, indent=2) + "\n")
+        median, ratios = ratio(bare_loop(16, 4000, 1), fit(16, 4000, 1, folder), options.rounds)
+    print(f"FiniteNetwork under Trainer, n=4000, width 16: {median:.3f} of a bare loop's samples/s (at least 0.95)")
+    return {"samples_per_second_of_bare_loop": median, "rounds": ratios}
 
 
-if __name__ == "__main__":
-    main()
+def watching_beside_training(options: argparse.Namespace) -> dict[str, Any]:
+    """K^t at 30 log-spaced steps, n=256, width 64, beside the training that it watches."""
+    epochs, n = 40, 256
+    with tempfile.TemporaryDirectory() as folder:
+        watched = fit(64, n, epochs, folder, callbacks=[EmpiricalNTKDynamics(log_spaced=30)])
+        median, ratios = ratio(watched, fit(64, n, epochs, folder), min(3, options.rounds))
+    steps = epochs * OptimizerConfig().steps_per_epoch(n)
+    print(f"K^t at 30 log-spaced of {steps} steps, n={n}, width 64: {median:.2f} times the run without")
+    return {"steps": steps, "watched_over_unwatched": median, "rounds": ratios}

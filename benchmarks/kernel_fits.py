@@ -1,6 +1,6 @@
-"""Kernel SGD beside the memory it reads: n=4000, batch 200, 100 epochs, 1000 test points each epoch (float32, CPU).
+"""Kernel fits: SGD beside the memory it reads, and the critical learning rate. Parts of empirical_ntk.py.
 
-The yardstick is the time to read the training Gram from memory once an epoch: the sum of its entries, on as many
+The yardstick of SGD is the time to read the training Gram from memory once an epoch: the sum of its entries, on as many
 threads. Both are measured in turn, after a first round for compiling. Printed are the ratio of the medians and that of
 the fastest rounds, which other work on the machine disturbs least.
 """
@@ -8,16 +8,13 @@ the fastest rounds, which other work on the machine disturbs least.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
-import numba
 import torch
 
 from ntk_lightning.optim import OptimizerConfig, critical_learning_rate
@@ -25,15 +22,6 @@ from ntk_lightning.solvers import kernel_sgd, kernel_sgd_grid
 
 N, TESTS, EPOCHS = 4000, 1000, 100
 GRID_EPOCHS = 10
-RESULTS = Path(__file__).parent / "results" / "kernel_sgd_cpu.json"
-
-
-def machine() -> str:
-    """Name the processor and its cores."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -42,10 +30,9 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    rounds = parser.parse_args().rounds
+def kernel_sgd_beside_memory(options: argparse.Namespace) -> dict[str, Any]:
+    """Part 3: kernel SGD, n=4000, batch 200, 100 epochs, 1000 test points each epoch."""
+    rounds = options.rounds
     generator = torch.Generator().manual_seed(0)
     points = torch.nn.functional.normalize(torch.randn(N + TESTS, 64, generator=generator))
     gram = (1 + points @ points[:N].T).square()
@@ -70,9 +57,6 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
     fastest = {name: min(values) for name, values in times.items()}
     result = {
-        "machine": machine(),
-        "threads": {"torch": torch.get_num_threads(), "numba": numba.get_num_threads()},
-        "torch": torch.__version__,
         "n": N,
         "epochs": EPOCHS,
         "rounds": rounds,
@@ -88,10 +72,28 @@ def main() -> None:
         ),
         "at_most": 3,
     }
-    print(json.dumps(result, indent=2))
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+    print(
+        f"kernel_sgd, n={N}, batch 200, {EPOCHS} epochs: {result['ratio_to_reading_once_an_epoch']['medians']:.2f} "
+        "times the time that reading K once an epoch takes (medians; at most 3)"
+    )
+    return result
 
 
-if __name__ == "__main__":
-    main()
+def critical_rate(options: argparse.Namespace) -> dict[str, Any]:
+    """Part 6: full-batch descent just below and just above the critical learning rate."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(100, 20, generator=generator, dtype=torch.float64)
+    kernel, labels = points @ points.T, torch.randn(100, generator=generator).sign()
+    outcome = {}
+    for momentum in (0.0, 0.9):
+        critical = critical_learning_rate(kernel, momentum=momentum)
+        for factor in (0.95, 1.05):
+            config = OptimizerConfig(lr=factor * critical, momentum=momentum, full_batch=True, steps=4000)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that the rate is above critical is the point
+                fit = kernel_sgd(kernel, labels, config, eval_every=4000, evaluate_train=True)
+            assert fit.train_losses is not None
+            loss = float(fit.train_losses[-1])
+            outcome[f"momentum {momentum}, {factor} times critical"] = loss
+            print(f"momentum {momentum}, lr {factor} times critical: training loss after 4000 steps {loss:.3g}")
+    return outcome
