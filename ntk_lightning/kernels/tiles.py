@@ -161,15 +161,8 @@ def _step(
     for the NNGP alone, 1 for the first convolution, whose NTK is its NNGP, and 2 for the others.
     """
     source, source_gap, target, newer, older, at1, at2 = where
-    rows, lanes, neighbour, cut, gap, tiny = (
-        level.rows,
-        level.lanes,
-        level.neighbour,
-        level.cut,
-        level.span,
-        level.tiny,
-    )
-    weight, bias, odd, even = step.weight, step.bias, step.odd, step.even
+    rows, lanes, neighbour, cut, gap = level.rows, level.lanes, level.neighbour, level.cut, level.span
+    tiny, weight, bias, odd, even = level.tiny, step.weight, step.bias, step.odd, step.even
     next1, next2 = level.height * level.lanes1, level.height * lanes
     for x in range(rows):
         for c in range(0, lanes, LANES):
