@@ -164,7 +164,7 @@ def test_what_changes_the_values_changes_the_key() -> None:
 def test_what_keeps_the_values_keeps_the_key() -> None:
     assert kernel_key(InfiniteNTK(MLP(3, 2, 4))) == kernel_key(InfiniteNTK(MLP(30, 2, 4)))
     assert kernel_key(empirical()) == kernel_key(empirical())
-    assert kernel_key(EmpiricalNTK(empirical().net, chunk_size=1)) == kernel_key(empirical())
+    assert kernel_key(EmpiricalNTK(empirical().net, memory="1GB")) == kernel_key(empirical())
     with PROCESSES.Pool(1) as pool:
         assert pool.apply(kernel_key, (empirical(),)) == kernel_key(empirical())
 

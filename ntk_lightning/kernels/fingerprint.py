@@ -15,7 +15,7 @@ from ntk_lightning.kernels.infinite import InfiniteNTK
 __all__ = ["describe", "digest", "kernel_key"]
 
 _FORMAT = 1  # raise it when stored values change their meaning: old folders are then left alone
-_EXECUTION_OPTIONS = {"chunk_size", "memory"}  # of a kernel: they change its speed, not its values
+_EXECUTION_OPTIONS = {"memory"}  # of a kernel: they change its speed, not its values
 
 
 def kernel_key(kernel: Callable[..., Tensor]) -> str:
