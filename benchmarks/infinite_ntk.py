@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -85,14 +85,6 @@ start = time.perf_counter()
 InfiniteNTK(MyrtleCNN(1))(torch.ones(1, 3, 32, 32))
 print(time.perf_counter() - start)
 """
-
-
-def machine() -> str:
-    """Name the processor and its cores."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 def seconds(work: Callable[[], object]) -> tuple[float, float]:
@@ -223,18 +215,18 @@ def child(code: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--neural-tangents-python", default=os.environ.get("NEURAL_TANGENTS_PYTHON"))
+    parser.add_argument("--neural-tangents", metavar="PYTHON", default=os.environ.get("NEURAL_TANGENTS_PYTHON"))
     parser.add_argument("--batch", type=int, default=8, help="images a side of neural-tangents' batch")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numba", "llvmlite", "numpy")}
-    result: dict[str, Any] = {"machine": machine(), "python": platform.python_version()} | versions
+    versions = {name: importlib.metadata.version(name) for name in ("numba", "llvmlite")}
+    result: dict[str, Any] = {"machine": machine() | versions}
     result |= {"threads": torch.get_num_threads(), "neural_tangents_batch": options.batch, "rounds": options.rounds}
     print(json.dumps(result))
     child(FIRST_CALL)  # compiles where that has not been done yet
     result["first_call_of_a_second_process_s"] = statistics.median(child(FIRST_CALL) for _ in range(3))
     print(f"First call of a second process, after the imports: {result['first_call_of_a_second_process_s']:.2f} s")
-    result["speed"] = speed(options.neural_tangents_python, options.batch, options.rounds)
+    result["speed"] = speed(options.neural_tangents, options.batch, options.rounds)
     result["scaling"] = scaling(options.rounds)
     result["accuracy"] = accuracy()
     result["peak_mib_n2000_16x16"] = child(MEMORY)

@@ -34,32 +34,32 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     """Squared error of every sample, averaged over outputs.
 
     Args:
-        outputs: (n, num_outputs).
-        targets: (n, num_outputs).
+        outputs: (..., n, num_outputs).
+        targets: (..., n, num_outputs).
 
     Returns:
-        (n,), whose mean over a batch is the loss.
+        (..., n), whose mean over a batch is the loss.
     """
-    return (outputs - targets).square().mean(1)
+    return (outputs - targets).square().mean(-1)
 
 
 def count_errors(outputs: Tensor, targets: Tensor) -> Tensor:
     """Tell which samples are misclassified: sign(f) != y, where f = 0 and NaN are errors; argmax for several outputs.
 
     Args:
-        outputs: (n, num_outputs).
-        targets: (n, num_outputs).
+        outputs: (..., n, num_outputs).
+        targets: (..., n, num_outputs).
 
     Returns:
-        Boolean (n,), True for an error.
+        Boolean (..., n), True for an error.
 
     Example:
         >>> count_errors(torch.tensor([[0.5], [0.0], [-2.0]]), torch.tensor([[1.0], [1.0], [-1.0]]))
         tensor([False,  True, False])
     """
-    if targets.shape[1] == 1:
-        return ~(outputs * targets > 0)[:, 0]
-    return (outputs.argmax(1) != targets.argmax(1)) | outputs.isnan().any(1)
+    if targets.shape[-1] == 1:
+        return ~(outputs * targets > 0)[..., 0]
+    return (outputs.argmax(-1) != targets.argmax(-1)) | outputs.isnan().any(-1)
 
 
 def check_labels(labels: Tensor) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ntk_lightning.objective import count_errors, squared_error
+
 __all__ = ["KernelFit", "check_evaluation_set", "check_kernel", "check_problem", "check_targets", "error_and_loss"]
 
 
@@ -209,7 +211,7 @@ def check_problem(
 def error_and_loss(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Compute classification error and mean squared error.
 
-    One output: sign(f) != y is an error, and so is f = 0. More: argmax f != argmax y. A set with a NaN or infinite
+    The errors and losses of :mod:`ntk_lightning.objective`, the same as every network's. A set with a NaN or infinite
     prediction has error 1: its model has diverged.
 
     Args:
@@ -219,13 +221,9 @@ def error_and_loss(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
     Returns:
         The fraction of errors and the mean over samples and outputs of (f - y)^2, both (...,).
     """
-    if predictions.shape[-1] == 1:
-        wrong = ~(predictions * targets > 0)[..., 0]
-    else:
-        wrong = predictions.argmax(-1) != targets.argmax(-1)
     finite = torch.isfinite(predictions).all(-1).all(-1)
-    errors = torch.where(finite, wrong.double().mean(-1), 1.0)
-    losses = torch.where(finite, (predictions - targets).square().mean((-1, -2)), torch.inf)
+    errors = torch.where(finite, count_errors(predictions, targets).double().mean(-1), 1.0)
+    losses = torch.where(finite, squared_error(predictions, targets).mean(-1), torch.inf)
     return errors, losses
 
 
