@@ -1,6 +1,6 @@
 """The infinite NTK of Myrtle networks on CPUs: speed beside neural-tangents, scaling, accuracy, memory, first call.
 
-neural-tangents 0.6.5 needs an environment of its own; name its Python by --neural-tangents-python or by the environment
+neural-tangents 0.6.5 needs an environment of its own; name its Python by --neural-tangents or by the environment
 variable NEURAL_TANGENTS_PYTHON. It runs under jax.jit in float32 on all cores, compiled before the clock starts, in the
 batch that --batch sets; both libraries take turns, and medians are compared. "Per core" counts processor time, which
 other programs on the machine disturb less.
