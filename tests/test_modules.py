@@ -45,6 +45,20 @@ def test_readout_under_trainer_equals_kernel_sgd() -> None:
     torch.testing.assert_close(readout.coefficients[:, 0].detach(), expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_linearized_network_under_trainer_equals_kernel_sgd(seed: int) -> None:
+    optimizer = OptimizerConfig(lr=2.0, momentum=0.9, batch_size=12, seed=seed, epochs=3)
+    linearized, datamodule, kernel = LinearizedNetwork(net(), optimizer), data(), EmpiricalNTK(net().double())
+    fit(linearized, datamodule)
+    assert datamodule.train_set is not None
+    x = datamodule.train_set.x.double()
+    solution = kernel_sgd(kernel(x), datamodule.train_set.y, optimizer)
+    with torch.no_grad():
+        outputs = linearized(test_images(datamodule))[:, 0]
+    expected = solution.predict(kernel(test_images(datamodule), x))
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-8)
+
+
 def test_linearized_network_is_the_tangent_of_the_network() -> None:
     network = net().double()
     model = LinearizedNetwork(network, include_f0=True).double()
