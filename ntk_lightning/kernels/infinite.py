@@ -83,7 +83,7 @@ class InfiniteNTK:
         if isinstance(self.layers[0], Flatten):  # vectors cost the reference far less than images
             x1, x2 = x1.flatten(1), None if x2 is None else x2.flatten(1)
         entries = len(x1) * len(x1 if x2 is None else x2)
-        with progress_bar(f"infinite {self.kind.upper()}", entries, "pairs", enabled=progress) as advance:
+        with progress_bar(f"infinite {self.kind.upper()} ({backend})", entries, "pairs", enabled=progress) as advance:
             if backend == "reference":
                 return self._reference_gram(x1, x2, advance)
             gram: Tensor = _compiled(backend).gram(self.layers, self.kind, x1, x2, advance)
