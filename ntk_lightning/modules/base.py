@@ -33,12 +33,9 @@ class NTKModule(LightningModule, ABC):
     def __init__(self, optimizer: OptimizerConfig) -> None:
         super().__init__()
         self.optimizer_config = optimizer
-        self._metrics = nn.ModuleDict(
-            {
-                f"{split}/{name}": MeanMetric(nan_strategy="disable")
-                for split in ("train", "val", "test")
-                for name in ("loss", "error")
-            }
+        names = [f"{split}/{name}" for split in ("train", "val", "test") for name in ("loss", "error")]
+        self._metrics: dict[str, MeanMetric] = cast(
+            "dict[str, MeanMetric]", nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
         )
 
     @abstractmethod
@@ -76,9 +73,28 @@ class NTKModule(LightningModule, ABC):
         outputs: Tensor = self(batch[0])
         return outputs
 
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's training loss and error."""
+        self._log_epoch()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss and error of the evaluation splits."""
+        self._log_epoch()
+
+    def on_test_epoch_end(self) -> None:
+        """Log loss and error of the test set."""
+        self._log_epoch()
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Make the optimizer that all models share."""
         return self.optimizer_config.configure(self.parameters())
+
+    def _log_epoch(self) -> None:
+        """Log the metrics that were updated, once an epoch: every step would cost a tenth of a small network's."""
+        for name, metric in self._metrics.items():
+            if metric.update_called and name.startswith("train") == self.trainer.training:
+                self.log(name, metric.compute(), prog_bar=name.endswith("error"))
+                metric.reset()
 
     def _shared_step(self, batch: Any, batch_idx: int, split: str) -> Tensor:  # noqa: ANN401
         if not isinstance(batch, Batch):
@@ -89,19 +105,8 @@ class NTKModule(LightningModule, ABC):
             check_labels(batch.y)
         targets = encode_targets(batch.y, outputs.shape[1], outputs.dtype)
         losses = squared_error(outputs, targets)
-        errors = count_errors(outputs.detach(), targets)
-        for name, values in (("loss", losses.detach()), ("error", errors.to(losses.dtype))):
-            metric = cast(MeanMetric, self._metrics[f"{split}/{name}"])
-            metric.update(values)
-            self.log(
-                f"{split}/{name}",
-                metric,
-                on_step=False,
-                on_epoch=True,
-                prog_bar=name == "error",
-                add_dataloader_idx=False,
-                batch_size=max(1, len(values)),
-            )
+        self._metrics[f"{split}/loss"].update(losses.detach())
+        self._metrics[f"{split}/error"].update(count_errors(outputs.detach(), targets).to(losses.dtype))
         # DDP averages gradients over processes: this makes the average that of the whole batch, however it was cut
         loss: Tensor = losses.sum() * (self.trainer.world_size / batch.size)
         return loss
