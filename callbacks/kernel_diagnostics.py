@@ -72,7 +72,7 @@ class KernelDiagnostics(ScheduledCallback):
         train = samples(trainer, "train")
         x, y = train.x[: self.probe_size], train.y[: self.probe_size]
         gram = evaluation_kernel(pl_module, self.network, self.memory)(x)
-        initial = gram if self._initial is None else self._initial
+        initial = self._initial if self.rows and self._initial is not None else gram
         row: dict[str, Any] = {
             "step": step,
             "alignment_with_initial": centered_kernel_alignment(gram, initial),
@@ -82,7 +82,7 @@ class KernelDiagnostics(ScheduledCallback):
             "effective_rank": effective_rank(gram),
             "target_share": target_share(gram, y, self.leading),
         }
-        if self._previous is not None:
+        if self.rows and self._previous is not None:
             row["velocity"] = kernel_velocity(self._previous, gram, step - self.rows[-1]["step"])
         for i, eigenvalue in enumerate(leading_eigenvalues(gram, self.leading).tolist(), 1):
             row[f"eigenvalue_{i}"] = eigenvalue

@@ -31,6 +31,11 @@ class OptimalEarlyStopping(Callback):
         self.rows: list[dict[str, Any]] = []
         self._name, self._n = "network", 0
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a new curve, unless a checkpoint is resumed."""
+        if trainer.global_step == 0:
+            self.rows = []
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take down the errors of this validation."""
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:

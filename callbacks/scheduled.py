@@ -46,6 +46,8 @@ class ScheduledCallback(Callback, ABC):
         if total == float("inf"):
             raise ValueError("The schedule needs the length of the run: set the Trainer's max_epochs or max_steps.")
         self._steps = schedule(int(total), self.every_n_batches, self.log_spaced)
+        if trainer.global_step == 0:
+            self.rows = []
         self._measure_at({0}, trainer, pl_module)
 
     def on_train_batch_end(

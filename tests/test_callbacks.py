@@ -147,6 +147,16 @@ def test_schedules_hold_both_ends() -> None:
     assert 20 < len(spaced) <= 31
 
 
+def test_callbacks_start_afresh_in_a_second_fit(tmp_path: Path) -> None:
+    callbacks = [OptimalEarlyStopping(), EmpiricalNTKDynamics(every_n_batches=4), KernelDiagnostics(every_n_batches=4)]
+    rows = []
+    for _ in range(2):
+        fit(FiniteNetwork(net(), OPTIMIZER), data(), callbacks=list(callbacks), default_root_dir=tmp_path)
+        rows.append([callback.rows for callback in callbacks])  # type: ignore[attr-defined]  # all three have rows
+    assert rows[0] == rows[1]
+    assert [len(part) for part in rows[1]] == [3, 4, 4]
+
+
 def test_after_kernel_measures_seen_and_fresh_samples(tmp_path: Path) -> None:
     after, datamodule = AfterKernel([10, 20], fresh=True), data(fresh=20)
     module = FiniteNetwork(net(), OPTIMIZER)
