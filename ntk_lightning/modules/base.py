@@ -8,10 +8,10 @@ from typing import Any, ClassVar, cast
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from ntk_lightning.datamodules.base import Batch
-from ntk_lightning.objective import check_labels, count_errors, encode_targets, squared_error
+from ntk_lightning.modules.metric import LossAndError
+from ntk_lightning.objective import check_labels, encode_targets, squared_error
 from ntk_lightning.optim import OptimizerConfig
 
 __all__ = ["NTKModule"]
@@ -33,10 +33,8 @@ class NTKModule(LightningModule, ABC):
     def __init__(self, optimizer: OptimizerConfig) -> None:
         super().__init__()
         self.optimizer_config = optimizer
-        names = [f"{split}/{name}" for split in ("train", "val", "test") for name in ("loss", "error")]
-        self._metrics: dict[str, MeanMetric] = cast(
-            "dict[str, MeanMetric]", nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
-        )
+        prefixes = nn.ModuleDict({prefix: LossAndError() for prefix in ("train/", "val/", "test/")})
+        self._metrics = cast("dict[str, LossAndError]", prefixes)
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -91,9 +89,10 @@ class NTKModule(LightningModule, ABC):
 
     def _log_epoch(self) -> None:
         """Log the metrics that were updated, once an epoch: every step would cost a tenth of a small network's."""
-        for name, metric in self._metrics.items():
-            if metric.update_called and name.startswith("train") == self.trainer.training:
-                self.log(name, metric.compute(), prog_bar=name.endswith("error"))
+        for prefix, metric in self._metrics.items():
+            if metric.update_called and (prefix == "train/") == self.trainer.training:
+                for name, value in metric.compute().items():
+                    self.log(prefix + name, value, prog_bar=name == "error")
                 metric.reset()
 
     def _shared_step(self, batch: Any, batch_idx: int, split: str) -> Tensor:  # noqa: ANN401
@@ -104,9 +103,7 @@ class NTKModule(LightningModule, ABC):
         if batch_idx == 0 and outputs.shape[1] == 1:
             check_labels(batch.y)
         targets = encode_targets(batch.y, outputs.shape[1], outputs.dtype)
-        losses = squared_error(outputs, targets)
-        self._metrics[f"{split}/loss"].update(losses.detach())
-        self._metrics[f"{split}/error"].update(count_errors(outputs.detach(), targets).to(losses.dtype))
+        self._metrics[f"{split}/"].update(outputs.detach(), targets)
         # DDP averages gradients over processes: this makes the average that of the whole batch, however it was cut
-        loss: Tensor = losses.sum() * (self.trainer.world_size / batch.size)
+        loss: Tensor = squared_error(outputs, targets).sum() * (self.trainer.world_size / batch.size)
         return loss

@@ -1,0 +1,49 @@
+"""Loss and error rate of a data set, summed over batches and processes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from ntk_lightning.objective import count_errors, squared_error
+
+__all__ = ["LossAndError"]
+
+
+class LossAndError(Metric):
+    """Mean squared error and error rate over all samples seen, whatever the sizes of their batches.
+
+    Example:
+        >>> metric = LossAndError()
+        >>> metric.update(torch.tensor([[1.0], [-1.0]]), torch.tensor([[1.0], [1.0]]))
+        >>> metric.compute()
+        {'loss': tensor(2.), 'error': tensor(0.5000)}
+    """
+
+    full_state_update = False
+    totals: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("totals", torch.zeros(3), dist_reduce_fx="sum")
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Add the samples of one batch.
+
+        Args:
+            outputs: (b, num_outputs).
+            targets: (b, num_outputs).
+        """
+        errors = count_errors(outputs, targets).sum()
+        loss = squared_error(outputs, targets).sum()
+        self.totals += torch.stack([loss, errors, errors.new_tensor(len(targets))])
+
+    def compute(self) -> dict[str, Tensor]:
+        """Average over the samples.
+
+        Returns:
+            "loss" and "error", the fraction misclassified.
+        """
+        loss, errors, count = self.totals
+        return {"loss": loss / count, "error": errors / count}
