@@ -67,34 +67,33 @@ def bare_loop(width: int, n: int, epochs: int) -> Callable[[], None]:
     return run
 
 
-def ratio(first: Callable[[], None], second: Callable[[], None], rounds: int) -> tuple[float, list[float]]:
-    """Median over rounds of the time of the first by that of the second, run in turn after a warm-up."""
+def ratio(first: Callable[[], None], second: Callable[[], None], rounds: int) -> tuple[float, dict[str, list[float]]]:
+    """Median time of the first by that of the second, and all times; the order turns every round, after a warm-up."""
+    runs: dict[str, Callable[[], None]] = {"first": first, "second": second}
+    seconds: dict[str, list[float]] = {"first": [], "second": []}
     first(), second()
-    ratios = []
-    for _ in range(rounds):
-        times = []
-        for run in (first, second):
+    for number in range(rounds):
+        for name in list(runs)[:: 1 if number % 2 else -1]:
             start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        ratios.append(times[0] / times[1])
-    return statistics.median(ratios), ratios
+            runs[name]()
+            seconds[name].append(round(time.perf_counter() - start, 4))
+    return statistics.median(seconds["first"]) / statistics.median(seconds["second"]), seconds
 
 
 def trainer_beside_loop(options: argparse.Namespace) -> dict[str, Any]:
     """Part 5: FiniteNetwork under Trainer, no callbacks, n=4000, width 16."""
     with tempfile.TemporaryDirectory() as folder:
-        median, ratios = ratio(bare_loop(16, 4000, 2), fit(16, 4000, 2, folder), options.rounds)
+        median, seconds = ratio(bare_loop(16, 4000, 2), fit(16, 4000, 2, folder), options.rounds)
     print(f"FiniteNetwork under Trainer, n=4000, width 16: {median:.3f} of a bare loop's samples/s (at least 0.95)")
-    return {"samples_per_second_of_bare_loop": median, "rounds": ratios}
+    return {"samples_per_second_of_bare_loop": median, "seconds": seconds}
 
 
 def watching_beside_training(options: argparse.Namespace) -> dict[str, Any]:
     """K^t at 30 log-spaced steps, n=256, width 64, beside the training that it watches."""
-    epochs, n = 40, 256
+    epochs, n = 20, 512
     with tempfile.TemporaryDirectory() as folder:
         watched = fit(64, n, epochs, folder, callbacks=[EmpiricalNTKDynamics(log_spaced=30)])
-        median, ratios = ratio(watched, fit(64, n, epochs, folder), min(3, options.rounds))
+        median, seconds = ratio(watched, fit(64, n, epochs, folder), min(3, options.rounds))
     steps = epochs * OptimizerConfig().steps_per_epoch(n)
     print(f"K^t at 30 log-spaced of {steps} steps, n={n}, width 64: {median:.2f} times the run without")
-    return {"steps": steps, "watched_over_unwatched": median, "rounds": ratios}
+    return {"steps": steps, "watched_over_unwatched": median, "seconds": seconds}
