@@ -84,9 +84,9 @@ def block_folders(store: KernelStore) -> list[Path]:
     return sorted(path for path in store.folder.iterdir() if path.is_dir())
 
 
-def empirical() -> EmpiricalNTK:
+def empirical(memory: str = "4GB") -> EmpiricalNTK:
     torch.manual_seed(1)
-    return EmpiricalNTK(MLP(6, 2, 4, num_outputs=2).double())
+    return EmpiricalNTK(MLP(6, 2, 4, num_outputs=2).double(), memory=memory)
 
 
 @pytest.mark.parametrize("make", [empirical, lambda: InfiniteNTK(MLP(1, 2, 4))])
@@ -164,7 +164,7 @@ def test_what_changes_the_values_changes_the_key() -> None:
 def test_what_keeps_the_values_keeps_the_key() -> None:
     assert kernel_key(InfiniteNTK(MLP(3, 2, 4))) == kernel_key(InfiniteNTK(MLP(30, 2, 4)))
     assert kernel_key(empirical()) == kernel_key(empirical())
-    assert kernel_key(EmpiricalNTK(empirical().net, memory="1GB")) == kernel_key(empirical())
+    assert kernel_key(empirical(memory="1GB")) == kernel_key(empirical())
     with PROCESSES.Pool(1) as pool:
         assert pool.apply(kernel_key, (empirical(),)) == kernel_key(empirical())
 
