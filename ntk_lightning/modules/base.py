@@ -92,7 +92,7 @@ class NTKModule(LightningModule, ABC):
         for prefix, metric in self._metrics.items():
             if metric.update_called and (prefix == "train/") == self.trainer.training:
                 for name, value in metric.compute().items():
-                    self.log(prefix + name, value, prog_bar=name == "error")
+                    self.log(prefix + name, value, prog_bar=name == "error", sync_dist=True)  # equal on all processes
                 metric.reset()
 
     def _shared_step(self, batch: Any, batch_idx: int, split: str) -> Tensor:  # noqa: ANN401
