@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 from torch import nn
 
-from ntk_lightning.datamodules import Samples
+from ntk_lightning.datamodules.base import Samples, samples_of
 from ntk_lightning.kernels import EmpiricalNTK
 from ntk_lightning.objective import count_errors, encode_targets
 from ntk_lightning.optim import OptimizerConfig
@@ -46,13 +46,9 @@ def samples(trainer: Trainer, split: str) -> Samples:
     Raises:
         TypeError: The data module has no such set.
     """
-    found = getattr(getattr(trainer, "datamodule", None), f"{split}_set", None)
-    if not isinstance(found, Samples):
-        raise TypeError(
-            f"This callback needs the whole {split} set: fit with a data module of ntk_lightning.datamodules that has "
-            "one (TensorData takes your own tensors; n_val and fresh make the val and fresh sets)."
-        )
-    return found.to(trainer.strategy.root_device, cast(torch.dtype, trainer.lightning_module.dtype))
+    return samples_of(trainer, split).to(
+        trainer.strategy.root_device, cast(torch.dtype, trainer.lightning_module.dtype)
+    )
 
 
 def evaluation_sets(trainer: Trainer) -> dict[str, Samples]:

@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
 from torch import Tensor
 
 from ntk_lightning.objective import check_labels
 from ntk_lightning.optim import OptimizerConfig
 
-__all__ = ["Batch", "BatchLoader", "ImageDataModule", "Samples"]
+__all__ = ["Batch", "BatchLoader", "ImageDataModule", "Samples", "samples_of"]
 
 
 class Batch(NamedTuple):
@@ -260,6 +260,28 @@ class ImageDataModule(LightningDataModule, ABC):
             return BatchLoader(samples, sampler, transform)
         on_device = samples.to(self.trainer.strategy.root_device)
         return BatchLoader(on_device, sampler, transform, self.trainer.global_rank, self.trainer.world_size)
+
+
+def samples_of(trainer: Trainer, split: str) -> Samples:
+    """Take a whole data set from a run's data module.
+
+    Args:
+        trainer: Of the run, set up.
+        split: "train", "test", "val" or "fresh".
+
+    Returns:
+        Inputs (n, ...) and labels (n,), where the data module keeps them.
+
+    Raises:
+        TypeError: The data module has no such set.
+    """
+    found = getattr(getattr(trainer, "datamodule", None), f"{split}_set", None)
+    if not isinstance(found, Samples):
+        raise TypeError(
+            f"A kernel needs the whole {split} set: fit with a data module of ntk_lightning.datamodules that has one "
+            "(TensorData takes your own tensors; n_val and fresh make the val and fresh sets)."
+        )
+    return found
 
 
 def _present(samples: Samples | None) -> Samples:

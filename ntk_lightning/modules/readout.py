@@ -9,7 +9,7 @@ import torch
 from lightning import Trainer
 from torch import Tensor, nn
 
-from ntk_lightning.datamodules.base import Batch, Samples
+from ntk_lightning.datamodules.base import Batch, samples_of
 from ntk_lightning.kernels.empirical import EmpiricalNTK
 from ntk_lightning.kernels.infinite import Backend, InfiniteNTK, Kind
 from ntk_lightning.modules.base import NTKModule
@@ -93,7 +93,7 @@ class KernelReadout(NTKModule):
         """
         if stage != "fit":
             return
-        train_set = _samples(self.trainer, "train")
+        train_set = samples_of(self.trainer, "train")
         if getattr(_datamodule(self.trainer), "transform", None) is not None:
             raise ValueError("A kernel model cannot train on transformed images: remove the data module's transform.")
         if self.coefficients.shape[0] != len(train_set):
@@ -109,7 +109,7 @@ class KernelReadout(NTKModule):
                 self._gram = self.kernel(train, progress=True)
                 return
             splits = [s for s in ("test", "val") if getattr(_datamodule(self.trainer), f"{s}_set", None) is not None]
-            others = [self._cast(_samples(self.trainer, split).x.to(self.device)) for split in splits]
+            others = [self._cast(samples_of(self.trainer, split).x.to(self.device)) for split in splits]
             self._gram, *cross = self.kernel.gram_and_cross(train, *others, progress=True)
             self._cross.update(zip(splits, cross, strict=True))
 
@@ -134,7 +134,7 @@ class KernelReadout(NTKModule):
         if not len(batch.indices):
             return super().predict(batch, split)
         if split not in self._cross:
-            self._cross[split] = self._rows(_samples(self.trainer, split).x.to(self.device))
+            self._cross[split] = self._rows(samples_of(self.trainer, split).x.to(self.device))
         return self._cross[split][batch.indices] @ self.coefficients
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -177,13 +177,3 @@ class InfiniteNTKReadout(KernelReadout):
 
 def _datamodule(trainer: Trainer) -> object:
     return getattr(trainer, "datamodule", None)
-
-
-def _samples(trainer: Trainer, split: str) -> Samples:
-    samples = getattr(_datamodule(trainer), f"{split}_set", None)
-    if not isinstance(samples, Samples):
-        raise TypeError(
-            f"A kernel model needs the whole {split} set: fit it with a data module of ntk_lightning.datamodules "
-            "(TensorData takes your own tensors)."
-        )
-    return samples
