@@ -1,21 +1,31 @@
-"""Data that lives on the device: nested subsets of one pool, normalized, served as batches of indices."""
+"""Data that lives on the device: nested subsets of one pool, normalized, served as batches of indices.
+
+Longer than 300 lines for the documentation of what all data sets share; loaders and data module know each other's
+state.
+"""
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from lightning import LightningDataModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from ntk_lightning.objective import check_labels
 from ntk_lightning.optim import OptimizerConfig
 
 __all__ = ["Batch", "BatchLoader", "ImageDataModule", "Samples", "samples_of"]
+
+
+_CHUNK = 1024  # images that are normalized at a time, in float64
 
 
 class Batch(NamedTuple):
@@ -56,6 +66,11 @@ class Shuffled:
         """Choose the epoch; Lightning calls this before each one."""
         self.epoch = epoch
 
+    def seed(self, batch: int) -> int:
+        """Give the seed of a batch's random transforms: the same in every run with this optimizer config."""
+        entropy = np.random.SeedSequence((self.optimizer.seed, self.epoch, batch))
+        return int(entropy.generate_state(1)[0])
+
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.optimizer.batches(self.n, self.epoch))
 
@@ -66,10 +81,14 @@ class Shuffled:
 class BatchLoader:
     """Iterates over batches of samples that lie on the device: a batch is an index.
 
+    Its state, the epoch and the number of batches given, is part of Lightning's checkpoints: a resumed run goes on with
+    the next batch of that epoch.
+
     Args:
         samples: The data set, on the device of the training.
         sampler: Gives index tensors of whole batches; ``set_epoch`` is called on it where it has one.
-        transform: Applied to every batch of images.
+        transform: Applied to every batch of training images, to the whole batch on every process. Its random numbers
+            are seeded for each batch, so that neither the number of processes nor an interruption changes them.
         rank: Number of this process, which gets every ``world_size``-th sample of a batch from ``rank`` on.
         world_size: Number of processes.
     """
@@ -85,15 +104,41 @@ class BatchLoader:
         self.samples, self.sampler, self.transform = samples, sampler, transform
         self.rank, self.world_size = rank, world_size
         self.batch_sampler = None  # Lightning asks every loader with a sampler for one
+        self._given, self._resume_at = 0, (0, 0)
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        for whole in self.sampler:
-            index = whole[self.rank :: self.world_size].to(self.samples.x.device)
-            x = self.samples.x[index]
-            yield Batch(x if self.transform is None else self.transform(x), self.samples.y[index], index, len(whole))
+        (epoch, given), self._resume_at = self._resume_at, (0, 0)
+        start = given if epoch == self._epoch else 0
+        for number, whole in enumerate(islice(self.sampler, start, None), start):
+            self._given = number + 1
+            whole = whole.to(self.samples.x.device)
+            index = whole[self.rank :: self.world_size]
+            yield Batch(self._images(whole, number), self.samples.y[index], index, len(whole))
+
+    def state_dict(self) -> dict[str, int]:
+        """Give the position, for the checkpoint."""
+        return {"epoch": self._epoch, "batches": self._given}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Begin the next iteration, if it is of that epoch, after the batches that were given."""
+        self._resume_at = state_dict["epoch"], state_dict["batches"]
+
+    @property
+    def _epoch(self) -> int:
+        return self.sampler.epoch if isinstance(self.sampler, Shuffled) else 0
+
+    def _images(self, whole: Tensor, number: int) -> Tensor:
+        if self.transform is None or not isinstance(self.sampler, Shuffled):
+            return self.samples.x[whole[self.rank :: self.world_size]]
+        with isolate_rng():
+            seed = self.sampler.seed(number)
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+            random.seed(seed)
+            return self.transform(self.samples.x[whole])[self.rank :: self.world_size]
 
 
 class ImageDataModule(LightningDataModule, ABC):
@@ -102,7 +147,7 @@ class ImageDataModule(LightningDataModule, ABC):
     The pool of training images is put in one random order, fixed by ``subset_seed``. The training subset is its first
     ``n_train`` images, so that smaller subsets are nested in larger ones; validation and fresh samples are counted from
     its end and never meet the training subset. The test subset is the same for every ``subset_seed``. Mean and standard
-    deviation of each channel come from the training subset.
+    deviation of each channel come from the training subset, or from the first ``n_statistics`` images.
 
     A subclass gives :meth:`load`. After :meth:`setup` the data are in ``train_set``, ``test_set``, ``val_set`` and
     ``fresh_set`` (the last two None where their size is 0).
@@ -113,12 +158,15 @@ class ImageDataModule(LightningDataModule, ABC):
         n_val: Held-out samples of the training pool, to stop on without looking at the test set.
         fresh: Size of a second training subset, disjoint from the first; True takes ``n_train``.
         subset_seed: Fixes the order of the pool.
+        n_statistics: Images in the order of the pool that the normalization is taken from; ``n_train`` by default. Give
+            runs with different ``n_train`` the same number, and their Grams are blocks of one.
         batch_size: Samples a training step. By default that of the trained module's optimizer config, which also fixes
             the order of the batches; a different number is an error.
         eval_batch_size: Samples a validation or test step.
         transform: Any callable on a batch of training images (b, C, H, W), such as a torchvision v2 transform.
 
     Raises:
+        TypeError: A size is not a whole number.
         ValueError: A size is out of range.
     """
 
@@ -129,12 +177,14 @@ class ImageDataModule(LightningDataModule, ABC):
         n_val: int = 0,
         fresh: int | bool = 0,
         subset_seed: int = 0,
+        n_statistics: int | None = None,
         batch_size: int | None = None,
         eval_batch_size: int = 500,
         transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.n_train, self.n_test, self.n_val = n_train, n_test, n_val
+        self.n_statistics = n_train if n_statistics is None else n_statistics
         self.n_fresh = n_train if fresh is True else int(fresh)
         for name, value, least in (
             ("n_train", n_train, 1),
@@ -142,9 +192,12 @@ class ImageDataModule(LightningDataModule, ABC):
             ("n_val", n_val, 0),
             ("fresh", self.n_fresh, 0),
             ("subset_seed", subset_seed, 0),
+            ("n_statistics", n_statistics, 1),
             ("batch_size", batch_size, 1),
             ("eval_batch_size", eval_batch_size, 1),
         ):
+            if value is not None and not isinstance(value, int):
+                raise TypeError(f"{name} must be a whole number, got {value!r}.")
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}.")
         self.subset_seed, self.batch_size, self.eval_batch_size = subset_seed, batch_size, eval_batch_size
@@ -173,7 +226,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
         Raises:
             ValueError: More samples are asked for than there are, a label is not -1 or +1, an image is not finite, or a
-                channel of the training subset is constant.
+                channel of the images that the normalization is taken from is constant.
         """
         if self.train_set is not None:
             return
@@ -181,30 +234,31 @@ class ImageDataModule(LightningDataModule, ABC):
         needed = self.n_train + self.n_val + self.n_fresh
         for name, asked, have in (
             ("n_train + n_val + fresh", needed, len(pool)),
+            ("n_statistics", self.n_statistics, len(pool)),
             ("n_test", self.n_test, len(test)),
         ):
             if asked > have:
                 raise ValueError(f"{name} = {asked}, but {type(self).__name__} has {have} such samples: ask for fewer.")
         order = _permutation(self.subset_seed, len(pool))
-        train_set = _take(pool, order[: self.n_train])
-        spread, mean = torch.std_mean(
-            train_set.x.double(), (0, *range(2, train_set.x.dim())), correction=0, keepdim=True
-        )
-        if not (spread > 0).all():
-            constant = (spread.flatten() == 0).nonzero().flatten().tolist()
+        mean, spread = _statistics(_take(pool, order[: self.n_statistics]).x)
+        if not (spread > 1e-9 * mean.abs()).all():  # to rounding
+            constant = (spread <= 1e-9 * mean.abs()).flatten().nonzero().flatten().tolist()
             raise ValueError(
-                f"Channel(s) {constant} of the training subset are constant and cannot be normalized: "
+                f"Channel(s) {constant} of the training images are constant and cannot be normalized: "
                 "drop them or take more samples."
             )
 
         def normalize(samples: Samples) -> Samples:
-            return replace(samples, x=((samples.x - mean) / spread).float())
+            x = torch.empty(samples.x.shape)
+            for part, normalized in zip(samples.x.split(_CHUNK), x.split(_CHUNK), strict=True):
+                normalized.copy_((part - mean) / spread)
+            return replace(samples, x=x)
 
         ends = len(order) - self.n_val
         self.test_set = normalize(_take(test, _permutation(0, len(test))[: self.n_test]))
         self.val_set = normalize(_take(pool, order[ends:].flip(0))) if self.n_val else None
         self.fresh_set = normalize(_take(pool, order[ends - self.n_fresh : ends].flip(0))) if self.n_fresh else None
-        self.train_set = normalize(train_set)
+        self.train_set = normalize(_take(pool, order[: self.n_train]))
 
     @property
     def evaluation_splits(self) -> tuple[str, ...]:
@@ -292,6 +346,14 @@ def _present(samples: Samples | None) -> Samples:
 
 def _permutation(seed: int, n: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(np.random.SeedSequence((seed, 0x5EED))).permutation(n))
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel of (n, C, ...), in float64 and bounded memory."""
+    dims, count = (0, *range(2, x.dim())), x.numel() // x.shape[1]
+    mean = sum(part.double().sum(dims, keepdim=True) for part in x.split(_CHUNK)) / count
+    variance = sum((part - mean).square().sum(dims, keepdim=True) for part in x.split(_CHUNK)) / count
+    return torch.as_tensor(mean), torch.as_tensor(variance).sqrt()
 
 
 def _take(pool: Samples, index: Tensor) -> Samples:

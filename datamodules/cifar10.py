@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from ntk_lightning.datamodules.base import ImageDataModule, Samples
-from ntk_lightning.datamodules.parquet import binary_labels, read_parquet
+from ntk_lightning.datamodules.parquet import binary_labels, column_names, read_parquet
 
 __all__ = ["CIFAR10Binary"]
 
 HUB_ID = "uoft-cs/cifar10"
+REVISION = "0b2714987fa478483af9968de7c934580d0bb9a2"  # what the hub may change later is not loaded
 
 
 class CIFAR10Binary(ImageDataModule):
@@ -28,10 +28,13 @@ class CIFAR10Binary(ImageDataModule):
 
     Raises:
         FileNotFoundError: ``path`` has no such parquet files.
+        ValueError: The classes are equal, or a file is damaged.
     """
 
     def __init__(self, path: str | None = None, classes: tuple[int, int] = (5, 7), **kwargs: Any) -> None:  # noqa: ANN401 - passed on
         super().__init__(**kwargs)
+        if len(set(classes)) != 2:
+            raise ValueError(f"classes must be two different class numbers, got {classes}.")
         self.path = None if path is None else Path(path)
         self.classes = classes
         if self.path is not None:
@@ -59,7 +62,7 @@ class CIFAR10Binary(ImageDataModule):
     @staticmethod
     def _files(path: Path, split: str) -> list[Path]:
         named = sorted(file for file in path.rglob("*.parquet") if split in file.name)
-        files = [file for file in named if {"img", "label"} <= set(pq.read_schema(file).names)]
+        files = [file for file in named if {"img", "label"} <= column_names(file)]
         if not files:
             raise FileNotFoundError(
                 f"No parquet file under {path} has {split!r} in its name and the columns img and label: give the "
@@ -72,7 +75,7 @@ def _from_hub(split: str) -> Any:  # noqa: ANN401 - datasets ships no types
     import datasets  # here, since its import takes a second that the other data sets need not spend
 
     try:
-        return datasets.load_dataset(HUB_ID, split=split)
+        return datasets.load_dataset(HUB_ID, split=split, revision=REVISION)
     except (ConnectionError, OSError) as error:
         raise ConnectionError(
             f"{HUB_ID} could not be had from the Hugging Face hub ({error}). Check the network, or download its "

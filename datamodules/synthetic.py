@@ -30,7 +30,7 @@ class SyntheticTeacher(ImageDataModule):
         **kwargs: Those of :class:`~ntk_lightning.datamodules.ImageDataModule`.
 
     Raises:
-        ValueError: ``distribution`` is unknown.
+        ValueError: ``distribution`` is unknown, the pool is empty, or the images are too small for the default teacher.
     """
 
     def __init__(
@@ -46,7 +46,11 @@ class SyntheticTeacher(ImageDataModule):
         if distribution not in ("gaussian", "sphere"):
             raise ValueError(f'distribution must be "gaussian" or "sphere", got {distribution!r}.')
         self.distribution, self.shape, self.teacher_seed, self.pool_size = distribution, shape, teacher_seed, pool_size
+        if pool_size < 1:
+            raise ValueError(f"pool_size must be at least 1, got {pool_size}.")
         if teacher is None:
+            if len(shape) != 3 or min(shape[1:]) < 8:
+                raise ValueError(f"The default teacher needs shape (C, H, W) of at least 8x8 pixels, got {shape}.")
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(teacher_seed)
                 teacher = FiveLayerCNN(width=64, in_channels=shape[0])

@@ -21,6 +21,7 @@ class TensorData(ImageDataModule):
             default the whole pools.
 
     Raises:
+        TypeError: Images or labels are not tensors.
         ValueError: Images and labels differ in number.
 
     Example:
@@ -34,6 +35,11 @@ class TensorData(ImageDataModule):
 
     def __init__(self, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], **kwargs: Any) -> None:  # noqa: ANN401 - passed on
         for name, (x, y) in (("train", train), ("test", test)):
+            if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+                raise TypeError(
+                    f"{name}: images and labels must be tensors, got {type(x).__name__} and {type(y).__name__}: "
+                    "convert them by torch.as_tensor."
+                )
             if len(x) != len(y) or y.dim() != 1:
                 raise ValueError(f"{name}: {len(x)} images need as many labels (N,), got {tuple(y.shape)}.")
         sizes = {

@@ -24,6 +24,8 @@ def encode_targets(labels: Tensor, num_outputs: int, dtype: torch.dtype) -> Tens
         ValueError: The labels do not fit the number of outputs.
     """
     if num_outputs > 1 and labels.dim() == 1:
+        if labels.device.type == "cpu":  # elsewhere the check would wait for the device at every step
+            check_labels(labels, num_outputs)
         return F.one_hot(labels.long(), num_outputs).to(dtype)
     if labels.numel() != len(labels) * num_outputs:
         raise ValueError(f"Labels of shape {tuple(labels.shape)} do not fit {num_outputs} outputs.")
@@ -62,15 +64,25 @@ def count_errors(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs.argmax(-1) != targets.argmax(-1)) | outputs.isnan().any(-1)
 
 
-def check_labels(labels: Tensor) -> None:
-    """Check binary labels.
+def check_labels(labels: Tensor, num_outputs: int = 1) -> None:
+    """Check labels.
 
     Args:
-        labels: (n,).
+        labels: (n,): -1 or +1 for one output, class numbers for several; (n, num_outputs) targets may be any.
+        num_outputs: Outputs of the network.
 
     Raises:
-        ValueError: A label is neither -1 nor +1.
+        ValueError: A label is neither -1 nor +1, or is no class number.
     """
+    if num_outputs > 1:
+        classes = labels if labels.dim() == 1 else labels[:0, 0]
+        wrong = classes[(classes < 0) | (classes >= num_outputs) | (classes != classes.floor())]
+        if len(wrong):
+            raise ValueError(
+                f"Labels of a network with {num_outputs} outputs must be class numbers 0 to {num_outputs - 1}, got "
+                f"{wrong.unique()[:5].tolist()}: map them, or give the network one output for labels -1 and +1."
+            )
+        return
     wrong = labels[(labels != 1) & (labels != -1)]
     if len(wrong):
         raise ValueError(

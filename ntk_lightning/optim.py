@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -29,6 +32,7 @@ class OptimizerConfig:
         seed: Seed of the order of the samples; epoch e of any arm visits the same batches in the same order.
 
     Raises:
+        TypeError: A value is not a number, or not a whole one where it must be.
         ValueError: A value is out of range.
 
     Example:
@@ -46,8 +50,12 @@ class OptimizerConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"lr must be > 0, got {self.lr}.")
+        for name, value in vars(self).items():
+            whole = name not in ("lr", "momentum")
+            if not isinstance(value, Integral if whole else Real) and not (name == "steps" and value is None):
+                raise TypeError(f"{name} must be a {'whole ' if whole else ''}number, got {value!r}.")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be > 0 and finite, got {self.lr}.")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}.")
         if self.seed < 0:
@@ -173,6 +181,28 @@ def critical_learning_rate(
         raise ValueError("Pass n, the size of the training set, with a function that multiplies by the kernel.")
     largest = _largest_eigenvalue(multiply, n, tolerance, max_products, seed, device)
     return (1 + momentum) * n / largest if largest > 0 else float("inf")
+
+
+def warn_above_critical(
+    kernel: Tensor, optimizers: Sequence[OptimizerConfig], num_outputs: int = 1, *, stacklevel: int = 2
+) -> None:
+    """Warn about the learning rate that is the farthest above the one at which full-batch descent diverges.
+
+    Args:
+        kernel: Gram of the training set, (n, n).
+        optimizers: Configs of the fits.
+        num_outputs: Outputs over which the loss is averaged.
+        stacklevel: Of the warning, as for ``warnings.warn``.
+    """
+    critical = num_outputs * critical_learning_rate(kernel, tolerance=1e-2)
+    worst = max(optimizers, key=lambda o: o.lr / (1 + o.momentum))
+    ratio = worst.lr / (1 + worst.momentum) / critical
+    if ratio > 1:
+        warnings.warn(
+            f"lr={worst.lr:g} is {ratio:.3g} times the critical learning rate {worst.lr / ratio:.3g} of this kernel "
+            f"({len(kernel)} samples, momentum {worst.momentum:g}): expect divergence.",
+            stacklevel=stacklevel,
+        )
 
 
 def _largest_eigenvalue(

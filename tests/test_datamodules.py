@@ -190,3 +190,16 @@ X, Y = torch.randn(10, 1, 2, 2), torch.tensor([-1.0, 1.0]).repeat(5)
 def test_bad_data_are_refused_with_advice(make: Any, message: str) -> None:  # noqa: ANN401 - a table of lambdas
     with pytest.raises(ValueError, match=message):
         make().setup()
+
+
+def test_sets_of_different_sizes_share_their_images_under_one_normalization() -> None:
+    small, large = (FashionMNISTBinary(n_train=n, n_test=8, n_statistics=24) for n in (8, 24))
+    for data in (small, large):
+        data.setup()
+    assert small.train_set is not None
+    assert large.train_set is not None
+    torch.testing.assert_close(small.train_set.x, large.train_set.x[:8], rtol=0, atol=0)
+    other = FashionMNISTBinary(n_train=8, n_test=8)
+    other.setup()
+    assert other.train_set is not None
+    assert not torch.equal(other.train_set.x, small.train_set.x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +22,19 @@ QUIET: dict[str, Any] = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
+
+
+@contextmanager
+def file_size_limit(limit: int) -> Iterator[None]:
+    """Let every write of a file beyond so many bytes fail, as on a full disk."""
+    import resource  # not on Windows
+
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def data(n: int = 40, pool: int = 60, **kwargs: Any) -> TensorData:  # noqa: ANN401 - passed on

@@ -1,11 +1,11 @@
-"""Checks of kernel inputs, before any long work starts."""
+"""Checks of what goes into a kernel, before any long work starts, and of what comes out."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_inputs"]
+__all__ = ["check_finite", "check_inputs"]
 
 
 def check_inputs(x1: Tensor, x2: Tensor | None = None) -> None:
@@ -22,10 +22,12 @@ def check_inputs(x1: Tensor, x2: Tensor | None = None) -> None:
     for name, x in (("x1", x1), ("x2", x2)):
         if x is None:
             continue
-        if not isinstance(x, Tensor) or not x.is_floating_point():
+        if not isinstance(x, Tensor):
             raise TypeError(
-                f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x))}: call .float() first."
+                f"{name} must be a floating-point tensor, got {type(x).__name__}: convert arrays by torch.from_numpy."
             )
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}: call .float() first.")
         if x.dim() < 2 or 0 in x.shape:
             raise ValueError(
                 f"{name} must hold at least one sample, (n, features) or (n, C, H, W); got {tuple(x.shape)}."
@@ -41,3 +43,19 @@ def check_inputs(x1: Tensor, x2: Tensor | None = None) -> None:
             raise ValueError(
                 f"x1 and x2 hold samples of different shapes: {tuple(x1.shape[1:])} and {tuple(x2.shape[1:])}."
             )
+
+
+def check_finite(kernel: Tensor, advice: str) -> None:
+    """Check that nothing overflowed while a kernel was computed.
+
+    Args:
+        kernel: Of n1 and n2 inputs, (n1, n2, ...).
+        advice: What to do where something did.
+
+    Raises:
+        FloatingPointError: An entry is NaN or infinite.
+    """
+    finite = torch.isfinite(kernel)
+    if not finite.all():
+        i, j = finite.logical_not().nonzero()[0, :2].tolist()
+        raise FloatingPointError(f"The kernel of inputs {i} and {j} is NaN or infinite: {advice}.")

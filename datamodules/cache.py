@@ -1,0 +1,44 @@
+"""The folder of downloaded and converted data, and what is said where it cannot be written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["cache_folder", "writing"]
+
+
+def cache_folder() -> Path:
+    """Find the folder of downloaded and converted data.
+
+    Returns:
+        ``$NTK_LIGHTNING_CACHE``, or else ``ntk_lightning`` in ``$XDG_CACHE_HOME`` or in ``~/.cache``.
+    """
+    if own := os.environ.get("NTK_LIGHTNING_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ntk_lightning"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say what to do when the body cannot write.
+
+    Args:
+        path: What is being written.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OSError: The body raised one.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"Cannot write {path}: {error.strerror or error}. Make room there or choose another cache folder; what is "
+            "finished is kept and the next run goes on from it",
+        ) from error

@@ -1,0 +1,124 @@
+"""A pool of images in one file that grows piece by piece, and is read memory-mapped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from filelock import FileLock
+
+from ntk_lightning.datamodules.base import Samples
+from ntk_lightning.datamodules.cache import writing
+
+__all__ = ["ImageFile", "key_of_files"]
+
+SHAPE = (32, 32, 3)  # of an image: height, width, channel
+SIZE = 32 * 32 * 3  # bytes of an image
+
+
+def key_of_files(files: Sequence[Path]) -> str:
+    """Name the contents of local files by their places, sizes and times of change.
+
+    Args:
+        files: Which ones.
+
+    Returns:
+        12 hexadecimal digits, different after a file was replaced.
+    """
+    facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+
+
+class ImageFile:
+    """Labelled images of 32x32 pixels on disk: ``<stem>.images`` with the bytes, ``<stem>.labels`` with one byte each.
+
+    ``<stem>.json`` lists the finished pieces and how many images each has; what a killed process wrote of the next
+    piece lies behind them and is overwritten. Images are stored as (n, 32, 32, 3).
+
+    Args:
+        stem: Path without suffix.
+    """
+
+    def __init__(self, stem: Path) -> None:
+        self.stem = stem
+        self._images, self._labels, self._state = (Path(f"{stem}.{suffix}") for suffix in ("images", "labels", "json"))
+
+    @property
+    def pieces(self) -> dict[str, int]:
+        """Number of images of each finished piece, in order."""
+        found: dict[str, int] = json.loads(self._state.read_text()) if self._state.exists() else {}
+        return found
+
+    def holds(self, pieces: Iterable[str]) -> bool:
+        """Tell whether all of these pieces are finished."""
+        return set(pieces) <= set(self.pieces)
+
+    def lock(self) -> FileLock:
+        """Make the lock to hold while pieces are added."""
+        with writing(self.stem):
+            self.stem.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(f"{self.stem}.lock")
+
+    def add(self, piece: str, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Append a piece; it is there as a whole or not at all.
+
+        Args:
+            piece: Its name.
+            batches: Pairs of uint8 images (b, 32, 32, 3) and labels (b,) in {-1, +1}, in bounded memory.
+
+        Raises:
+            OSError: The disk is full or the folder cannot be written.
+            ValueError: Images are not uint8 of that shape, or labels are not as many.
+        """
+        pieces = self.pieces
+        start, count = sum(pieces.values()), 0
+        with self._open_at(self._images, start * SIZE) as images, self._open_at(self._labels, start) as labels:
+            for x, y in batches:
+                if x.dtype != np.uint8 or x.shape != (len(y), *SHAPE):
+                    raise ValueError(f"{piece}: {len(y)} labels need uint8 images {SHAPE}, got {x.dtype} {x.shape}.")
+                with writing(self._images):
+                    images.write(np.ascontiguousarray(x).data)
+                    labels.write(y.astype(np.int8).data)
+                count += len(y)
+            with writing(self._images):
+                for file in (images, labels):
+                    file.flush()
+                    os.fsync(file.fileno())
+        with writing(self._state):
+            temporary = Path(f"{self._state}.partial")
+            temporary.write_text(json.dumps({**pieces, piece: count}))
+            temporary.replace(self._state)
+
+    def samples(self) -> Samples:
+        """Map the finished pieces into memory: only images that are used are read.
+
+        Returns:
+            uint8 images (n, 3, 32, 32), a view of the file that can be changed without changing the file, and float32
+            labels (n,) in {-1, +1}.
+
+        Raises:
+            ValueError: There is no image, or a file is shorter than it was.
+        """
+        count = sum(self.pieces.values())
+        if not count:
+            raise ValueError(f"{self.stem.name} has no image: no class that was asked for is in the data.")
+        if self._images.stat().st_size < count * SIZE or self._labels.stat().st_size < count:
+            raise ValueError(f"{self._images} is shorter than it was written: delete {self.stem}.* and run again.")
+        images = np.memmap(self._images, np.uint8, "c", shape=(count, *SHAPE))
+        labels = np.fromfile(self._labels, np.int8, count).astype(np.float32)
+        return Samples(torch.from_numpy(images).movedim(-1, 1), torch.from_numpy(labels))
+
+    @staticmethod
+    def _open_at(path: Path, size: int) -> BinaryIO:
+        with writing(path):
+            path.touch()
+            file = path.open("r+b")
+            file.truncate(size)
+            file.seek(size)
+        return file
