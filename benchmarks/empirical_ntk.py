@@ -41,7 +41,7 @@ from neural_tangents import stax
 path, rounds = sys.argv[1], int(sys.argv[2])
 if "float64" in path:
     jax.config.update("jax_enable_x64", True)
-arrays = np.load(path)
+arrays = np.load(path, allow_pickle=False)
 weights = [arrays[f"w{i}"] for i in range(5)]
 conv = lambda: stax.Conv(weights[0].shape[-1], (3, 3), padding="SAME", W_std=2**0.5, b_std=None)
 pool = lambda: stax.AvgPool((2, 2), (2, 2))
@@ -126,7 +126,9 @@ def neural_tangents(python: str, net: nn.Sequential, x: Tensor, rounds: int) -> 
         run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""}, check=False)
         if run.returncode:
             raise RuntimeError(f"neural-tangents failed:\n{run.stderr[-2000:]}")
-        return json.loads(run.stdout.splitlines()[-1]), torch.from_numpy(np.load(path + ".gram.npy"))
+        return json.loads(run.stdout.splitlines()[-1]), torch.from_numpy(
+            np.load(path + ".gram.npy", allow_pickle=False)
+        )
 
 
 def speed(options: argparse.Namespace) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from ntk_lightning.callbacks.empirical_ntk_dynamics import EmpiricalNTKDynamics
 from ntk_lightning.callbacks.infinite_ntk_fit import InfiniteNTKFit
 from ntk_lightning.callbacks.kernel_diagnostics import KernelDiagnostics
 from ntk_lightning.callbacks.optimal_early_stopping import OptimalEarlyStopping
+from ntk_lightning.callbacks.resumable_checkpoint import ResumableCheckpoint
 from ntk_lightning.callbacks.scheduled import ScheduledCallback
 from ntk_lightning.callbacks.stop_at_train_error import StopAtTrainError
 
@@ -16,6 +17,7 @@ __all__ = [
     "InfiniteNTKFit",
     "KernelDiagnostics",
     "OptimalEarlyStopping",
+    "ResumableCheckpoint",
     "ScheduledCallback",
     "StopAtTrainError",
 ]

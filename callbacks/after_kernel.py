@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from ntk_lightning.callbacks.kernel_fit import Arm, check_sizes, fit_nested
 from ntk_lightning.callbacks.run import (
+    check_folder,
     evaluation_kernel,
     evaluation_sets,
     log_metrics,
@@ -18,6 +20,7 @@ from ntk_lightning.callbacks.run import (
     run_config,
     samples,
 )
+from ntk_lightning.kernels.shards import sharded_gram_and_cross
 from ntk_lightning.optim import OptimizerConfig
 
 __all__ = ["AfterKernel"]
@@ -31,8 +34,9 @@ class AfterKernel(Callback):
     optimizer config and optimal early stopping; kept in the table ``after_kernel.csv``.
 
     Args:
-        fit_sizes: The sizes n; by default m, or all fresh samples where they are fewer.
-        fresh: Fit on fresh samples too; the data module must have them (its ``fresh``). By default, if it has them.
+        fit_sizes: The sizes n; by default m. An empty list fits no seen samples.
+        fresh: Sizes n to fit on fresh samples, of which the data module must have enough (its ``fresh``). True takes
+            ``fit_sizes``, or all fresh samples. By default, True if it has any.
         optimizer: Of the kernel fits; by default the module's, for as long as the run.
         network: Attribute of the Lightning module that holds the network.
         memory: Budget of the extraction, such as "4GB".
@@ -41,7 +45,7 @@ class AfterKernel(Callback):
     def __init__(
         self,
         fit_sizes: Sequence[int] | None = None,
-        fresh: bool | None = None,
+        fresh: bool | Sequence[int] | None = None,
         optimizer: OptimizerConfig | None = None,
         network: str = "net",
         memory: str = "4GB",
@@ -53,25 +57,33 @@ class AfterKernel(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check, before anything is trained, that everything is there."""
         if stage == "fit":
-            for split in self._splits(trainer):
-                check_sizes(self.sizes, len(samples(trainer, split)), split)
+            check_folder(trainer)
+            self._sizes(trainer)
             evaluation_sets(trainer)
             run_config(trainer, pl_module, self.optimizer)
             network(pl_module, self.network)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Extract one entry, so that a budget or network which the kernel cannot take is told before the training."""
+        with isolate_rng():
+            evaluation_kernel(pl_module, self.network, self.memory).diag(samples(trainer, "train").x[:1])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Extract the kernel, fit it, and keep the table."""
         optimizer = run_config(trainer, pl_module, self.optimizer)
         self._arms.clear()
         with isolate_rng():
-            kernel = evaluation_kernel(pl_module, self.network, self.memory)
-            for split in self._splits(trainer):
+            grams = partial(sharded_gram_and_cross, evaluation_kernel(pl_module, self.network, self.memory))
+            for split, sizes in self._sizes(trainer).items():
                 train = samples(trainer, split)
-                sizes = check_sizes(self.sizes, len(train), split)
-                fits = fit_nested(kernel.gram_and_cross, train, evaluation_sets(trainer), optimizer, sizes)
+                try:
+                    fits = fit_nested(grams, train, evaluation_sets(trainer), optimizer, sizes)
+                except FloatingPointError as error:
+                    rank_zero_warn(f"There is no after-kernel. {error}")
+                    continue
                 name = "after-kernel, fresh samples" if split == "fresh" else "after-kernel"
                 self._arms += [Arm.of_fit(name, n, fit) for n, fit in fits.items()]
-        log_table(trainer, "after_kernel", [vars(arm) for arm in self._arms])
+        log_table(trainer, "after_kernel", [arm.row() for arm in self._arms])
         for arm in self._arms:
             key = "after_kernel_fresh" if arm.name.endswith("fresh samples") else "after_kernel"
             log_metrics(trainer, {f"{key}/test_error_{arm.n}": arm.optimal_error}, trainer.global_step)
@@ -80,7 +92,13 @@ class AfterKernel(Callback):
         """Summarize the fits."""
         return self._arms
 
-    def _splits(self, trainer: Trainer) -> list[str]:
+    def _sizes(self, trainer: Trainer) -> dict[str, list[int]]:
+        """Sizes to fit on, by set."""
         has_fresh = getattr(getattr(trainer, "datamodule", None), "fresh_set", None) is not None
-        use_fresh: Any = has_fresh if self.fresh is None else self.fresh
-        return ["train", "fresh"] if use_fresh else ["train"]
+        fresh = has_fresh if self.fresh is None else self.fresh
+        asked = {"train": self.sizes, "fresh": self.sizes if fresh is True else fresh or []}
+        return {
+            split: check_sizes(sizes, len(samples(trainer, split)), split)
+            for split, sizes in asked.items()
+            if sizes is None or len(sizes)
+        }

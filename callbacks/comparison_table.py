@@ -23,7 +23,7 @@ class ComparisonTable(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table and say where the results lie."""
         arms = [arm for callback in trainer.callbacks for arm in getattr(callback, "arms", list)()]  # type: ignore[attr-defined]  # callbacks exists
-        log_table(trainer, "comparison", [vars(arm) for arm in arms])
+        log_table(trainer, "comparison", [arm.row() for arm in arms])
         if trainer.is_global_zero and arms:
             console = Console(width=None if Console().is_terminal else 110)
             console.print(comparison_table(arms))

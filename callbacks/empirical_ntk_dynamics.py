@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from lightning import LightningModule, Trainer
 
 from ntk_lightning.callbacks.kernel_fit import Arm, check_sizes, fit_nested
 from ntk_lightning.callbacks.run import (
+    check_folder,
+    error_and_loss_of,
     evaluation_kernel,
     evaluation_sets,
     log_figure,
     log_metrics,
     log_table,
     network,
-    network_error,
     run_config,
     samples,
 )
 from ntk_lightning.callbacks.scheduled import ScheduledCallback
+from ntk_lightning.kernels.shards import sharded_gram_and_cross
 from ntk_lightning.optim import OptimizerConfig
 from ntk_lightning.scaling.figures import draw_dynamics
 
@@ -36,30 +39,33 @@ class EmpiricalNTKDynamics(ScheduledCallback):
     Args:
         every_n_batches: Extract every so many steps.
         log_spaced: Extract at about this many logarithmically spaced steps instead (30 if neither is given).
+        at: Extract at these steps instead.
         fit_sizes: Sizes of nested training sets to fit K^t on; by default the whole training set.
         optimizer: Of the kernel fits; by default the module's, for as long as the run.
         network: Attribute of the Lightning module that holds the network.
         memory: Budget of an extraction, such as "4GB".
 
     Raises:
-        ValueError: Both schedules are given, or a number is below 1.
+        ValueError: More than one schedule is given, or a number is below 1.
     """
 
     def __init__(
         self,
         every_n_batches: int | None = None,
         log_spaced: int | None = None,
+        at: Sequence[int] | None = None,
         fit_sizes: Sequence[int] | None = None,
         optimizer: OptimizerConfig | None = None,
         network: str = "net",
         memory: str = "4GB",
     ) -> None:
-        super().__init__(every_n_batches, log_spaced)
+        super().__init__(every_n_batches, log_spaced, at)
         self.sizes, self.optimizer, self.network, self.memory = fit_sizes, optimizer, network, memory
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check, before anything is trained, that everything is there."""
         if stage == "fit":
+            check_folder(trainer)
             check_sizes(self.sizes, len(samples(trainer, "train")), "training")
             evaluation_sets(trainer)
             run_config(trainer, pl_module, self.optimizer)
@@ -71,17 +77,17 @@ class EmpiricalNTKDynamics(ScheduledCallback):
         sizes = check_sizes(self.sizes, len(train), "training")
         kernel = evaluation_kernel(pl_module, self.network, self.memory)
         optimizer = run_config(trainer, pl_module, self.optimizer)
-        fits = fit_nested(kernel.gram_and_cross, train, evaluation, optimizer, sizes)
-        error = network_error(kernel.net, evaluation["test"])
+        fits = fit_nested(partial(sharded_gram_and_cross, kernel), train, evaluation, optimizer, sizes)
+        error, loss = error_and_loss_of(kernel.net, evaluation["test"])
         for n, fit in fits.items():
             arm = Arm.of_fit("empirical NTK at initialization", n, fit)
-            self.rows.append({"step": step, **vars(arm), "network_error": error})
+            self.rows.append({"step": step, **vars(arm), "network_error": error, "network_loss": loss})
         metrics = {"empirical_ntk/test_error": arm.optimal_error, "empirical_ntk/last_test_error": arm.last_error}
         log_metrics(trainer, {**metrics, "empirical_ntk/network_test_error": error}, step)
 
     def finish(self, trainer: Trainer) -> None:
         """Keep the table and the figure."""
-        columns = [{name: cell for name, cell in row.items() if name != "name"} for row in self.rows]
+        columns = [{k: cell for k, cell in row.items() if k not in ("name", "curve")} for row in self.rows]
         log_table(trainer, "kernel_dynamics", columns)
         largest = [row for row in self.rows if row["n"] == self.rows[-1]["n"]]
         log_figure(trainer, "kernel_dynamics", draw_dynamics(largest))

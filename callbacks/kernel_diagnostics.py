@@ -8,7 +8,15 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 
 from ntk_lightning.callbacks.kernel_fit import check_sizes
-from ntk_lightning.callbacks.run import evaluation_kernel, log_figure, log_metrics, log_table, network, samples
+from ntk_lightning.callbacks.run import (
+    check_folder,
+    evaluation_kernel,
+    log_figure,
+    log_metrics,
+    log_table,
+    network,
+    samples,
+)
 from ntk_lightning.callbacks.scheduled import ScheduledCallback
 from ntk_lightning.kernels.diagnostics import (
     centered_kernel_alignment,
@@ -19,6 +27,7 @@ from ntk_lightning.kernels.diagnostics import (
     leading_eigenvalues,
     target_share,
 )
+from ntk_lightning.kernels.shards import sharded_gram
 from ntk_lightning.scaling.figures import draw_diagnostics
 
 __all__ = ["KernelDiagnostics"]
@@ -42,7 +51,7 @@ class KernelDiagnostics(ScheduledCallback):
         memory: Budget of an extraction, such as "4GB".
 
     Raises:
-        ValueError: Both schedules are given, or a number is below 1.
+        ValueError: More than one schedule is given, or a number is below 1.
     """
 
     def __init__(
@@ -64,6 +73,7 @@ class KernelDiagnostics(ScheduledCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check, before anything is trained, that everything is there."""
         if stage == "fit":
+            check_folder(trainer)
             check_sizes([self.leading], len(samples(trainer, "train")), "training")
             network(pl_module, self.network)
 
@@ -71,8 +81,8 @@ class KernelDiagnostics(ScheduledCallback):
         """Extract K^t on the probe set and take its measures."""
         train = samples(trainer, "train")
         x, y = train.x[: self.probe_size], train.y[: self.probe_size]
-        gram = evaluation_kernel(pl_module, self.network, self.memory)(x)
-        initial = self._initial if self.rows and self._initial is not None else gram
+        gram = sharded_gram(evaluation_kernel(pl_module, self.network, self.memory), x)
+        initial = self._initial.to(gram) if self.rows and self._initial is not None else gram
         row: dict[str, Any] = {
             "step": step,
             "alignment_with_initial": centered_kernel_alignment(gram, initial),
@@ -83,7 +93,7 @@ class KernelDiagnostics(ScheduledCallback):
             "target_share": target_share(gram, y, self.leading),
         }
         if self.rows and self._previous is not None:
-            row["velocity"] = kernel_velocity(self._previous, gram, step - self.rows[-1]["step"])
+            row["velocity"] = kernel_velocity(self._previous.to(gram), gram, step - self.rows[-1]["step"])
         for i, eigenvalue in enumerate(leading_eigenvalues(gram, self.leading).tolist(), 1):
             row[f"eigenvalue_{i}"] = eigenvalue
         self.rows.append(row)

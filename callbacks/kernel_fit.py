@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ class Arm:
     """One model of a comparison: its name, its number of training samples, and its test errors in [0, 1].
 
     ``optimal_error`` is the least over training, at ``optimal_step`` (an oracle); ``last_error`` that of the last step;
-    ``validated_error`` that of the step with the least validation error, None without a validation set.
+    ``validated_error`` that of the step with the least validation error, None without a validation set. ``curve`` has
+    the lists "steps", "errors" and "losses" of the test set over training.
     """
 
     name: str
@@ -30,12 +31,19 @@ class Arm:
     optimal_step: int
     last_error: float
     validated_error: float | None = None
+    curve: dict[str, list[float]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of_fit(cls, name: str, n: int, fit: KernelFit) -> Arm:
         """Summarize a kernel fit on n samples."""
         validated = None if fit.val_errors is None else fit.validated_error
-        return cls(name, n, fit.optimal_error, int(fit.optimal_step), fit.last_error, validated)
+        columns = {"steps": fit.steps, "errors": fit.test_errors, "losses": fit.test_losses}
+        curve = {name: values.tolist() for name, values in columns.items() if values is not None}
+        return cls(name, n, fit.optimal_error, int(fit.optimal_step), fit.last_error, validated, curve)
+
+    def row(self) -> dict[str, Any]:
+        """Give the cells of a table: everything but the curve."""
+        return {name: value for name, value in vars(self).items() if name != "curve"}
 
 
 def check_sizes(sizes: Sequence[int] | None, n: int, what: str) -> list[int]:

@@ -6,9 +6,10 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from ntk_lightning.callbacks.kernel_fit import Arm
-from ntk_lightning.callbacks.run import log_metrics, log_table
+from ntk_lightning.callbacks.run import check_folder, log_metrics, log_table
 
 __all__ = ["OptimalEarlyStopping"]
 
@@ -24,12 +25,20 @@ class OptimalEarlyStopping(Callback):
     Args:
         monitor: Name of the logged test error, in [0, 1].
         validation_monitor: Name of the logged validation error, used if it is there.
+        loss_monitor: Name of the logged test loss, kept beside the error if it is there.
     """
 
-    def __init__(self, monitor: str = "test/error", validation_monitor: str = "val/error") -> None:
-        self.monitor, self.validation_monitor = monitor, validation_monitor
+    def __init__(
+        self, monitor: str = "test/error", validation_monitor: str = "val/error", loss_monitor: str = "test/loss"
+    ) -> None:
+        self.monitor, self.validation_monitor, self.loss_monitor = monitor, validation_monitor, loss_monitor
         self.rows: list[dict[str, Any]] = []
         self._name, self._n = "network", 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check, before anything is trained, that the curve can be kept."""
+        if stage == "fit":
+            check_folder(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a new curve, unless a checkpoint is resumed."""
@@ -38,21 +47,19 @@ class OptimalEarlyStopping(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take down the errors of this validation."""
-        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != TrainerFn.FITTING:
             return
         if self.monitor not in trainer.callback_metrics:
             raise KeyError(
                 f"No metric {self.monitor!r} is logged in validation; there are {sorted(trainer.callback_metrics)}. "
                 "Name the one that is the test error as monitor=..."
             )
-        validation = trainer.callback_metrics.get(self.validation_monitor)
-        self.rows.append(
-            {
-                "step": trainer.global_step,
-                "test_error": float(trainer.callback_metrics[self.monitor]),
-                "val_error": None if validation is None else float(validation),
-            }
-        )
+        if trainer.sanity_checking:
+            return
+        monitors = {"test_error": self.monitor, "test_loss": self.loss_monitor, "val_error": self.validation_monitor}
+        logged = {column: trainer.callback_metrics.get(name) for column, name in monitors.items()}
+        values = {column: None if value is None else float(value) for column, value in logged.items()}
+        self.rows.append({"step": trainer.global_step, **values})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the three errors and keep the curve."""
@@ -65,6 +72,13 @@ class OptimalEarlyStopping(Callback):
             log_metrics(trainer, metrics, trainer.global_step)
         log_table(trainer, "error_curve", self.rows)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Keep the curve so far when the run breaks off."""
+        try:
+            log_table(trainer, "error_curve", self.rows)
+        except OSError as error:
+            rank_zero_warn(str(error))  # the exception that ended the run is the one to raise
+
     def arms(self) -> list[Arm]:
         """Summarize the trained model."""
         if not self.rows:
@@ -72,7 +86,9 @@ class OptimalEarlyStopping(Callback):
         best = min(self.rows, key=lambda row: row["test_error"])
         validated = [row for row in self.rows if row["val_error"] is not None]
         chosen = min(validated, key=lambda row: row["val_error"])["test_error"] if validated else None
-        return [Arm(self._name, self._n, best["test_error"], best["step"], self.rows[-1]["test_error"], chosen)]
+        columns = {"steps": "step", "errors": "test_error", "losses": "test_loss"}
+        curve = {name: [row[column] for row in self.rows] for name, column in columns.items()}
+        return [Arm(self._name, self._n, best["test_error"], best["step"], self.rows[-1]["test_error"], chosen, curve)]
 
     def state_dict(self) -> dict[str, Any]:
         """Give the curve so far, for the checkpoint."""

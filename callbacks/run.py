@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,20 +18,23 @@ from torch import nn
 
 from ntk_lightning.datamodules.base import Samples, samples_of
 from ntk_lightning.kernels import EmpiricalNTK
-from ntk_lightning.objective import count_errors, encode_targets
+from ntk_lightning.objective import encode_targets
 from ntk_lightning.optim import OptimizerConfig
+from ntk_lightning.solvers.result import error_and_loss
 
 __all__ = [
+    "check_folder",
+    "error_and_loss_of",
     "evaluation_kernel",
     "evaluation_sets",
     "log_figure",
     "log_metrics",
     "log_table",
     "network",
-    "network_error",
     "run_config",
     "run_folder",
     "samples",
+    "writing",
 ]
 
 
@@ -127,13 +132,56 @@ def run_folder(trainer: Trainer) -> Path:
 
     Returns:
         <save_dir>/<name>/<version> of the first logger, or the Trainer's root folder; made if missing.
+
+    Raises:
+        OSError: It cannot be made.
     """
     folder = Path(trainer.default_root_dir)
     if trainer.loggers:
         logger = trainer.loggers[0]
         folder = Path(logger.save_dir or folder) / str(logger.name) / str(logger.version)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"Cannot make {folder}: {error.strerror}. Make room there, or choose another default_root_dir of the "
+            "Trainer or save_dir of the logger",
+        ) from error
     return folder
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say what to do when the body cannot write into a run's folder.
+
+    Args:
+        path: What is being written.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OSError: The body raised one.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"Cannot write {path}: {error.strerror or error}. Make room there, or choose another default_root_dir of "
+            "the Trainer or save_dir of the logger",
+        ) from error
+
+
+def check_folder(trainer: Trainer) -> None:
+    """Make the folder of the run's tables and pictures, on rank zero, so that its absence is told before the training.
+
+    Args:
+        trainer: Of the run.
+    """
+    if trainer.is_global_zero:
+        run_folder(trainer)
 
 
 def log_metrics(trainer: Trainer, metrics: dict[str, float], step: int) -> None:
@@ -155,13 +203,28 @@ def log_table(trainer: Trainer, name: str, rows: Sequence[dict[str, Any]]) -> No
         trainer: Of the run.
         name: Of the table.
         rows: Cells by column, the same columns in every row.
+
+    Raises:
+        OSError: The table cannot be written; the message holds it.
     """
     if not trainer.is_global_zero or not rows:
         return
-    with (run_folder(trainer) / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    path = Path(trainer.default_root_dir) / f"{name}.csv"
+    try:
+        path = run_folder(trainer) / f"{name}.csv"
+        partial = path.with_suffix(".csv.partial")
+        partial.write_text(text.getvalue(), newline="")
+        partial.replace(path)  # a table that was there is whole until the new one is
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"Cannot write {path}: {error.strerror}. Make room there or choose another default_root_dir; the table is\n"
+            f"{text.getvalue()}",
+        ) from error
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_table(name, list(rows[0]), [list(row.values()) for row in rows])
@@ -177,11 +240,15 @@ def log_figure(trainer: Trainer, name: str, figure: Figure) -> Path | None:
 
     Returns:
         The path of the picture, None off rank zero.
+
+    Raises:
+        OSError: It cannot be written.
     """
     if not trainer.is_global_zero:
         return None
     path = run_folder(trainer) / f"{name}.png"
-    figure.savefig(path)
+    with writing(path):
+        figure.savefig(path)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image(f"{name}_figure", [str(path)])
@@ -204,16 +271,17 @@ def evaluation_kernel(module: LightningModule, name: str, memory: str) -> Empiri
     return kernel
 
 
-def network_error(net: nn.Module, test: Samples) -> float:
-    """Measure a network's test error.
+def error_and_loss_of(net: nn.Module, test: Samples) -> tuple[float, float]:
+    """Measure a network's test error and test loss.
 
     Args:
         net: Maps (n, ...) to (n, num_outputs), in the mode that it is in.
         test: Test set.
 
     Returns:
-        Fraction of errors.
+        Fraction of errors and mean squared error; 1 and infinity where an output is not finite.
     """
     with torch.no_grad():
         outputs = torch.cat([net(chunk) for chunk in torch.split(test.x, 500)])
-    return float(count_errors(outputs, encode_targets(test.y, outputs.shape[1], outputs.dtype)).double().mean())
+    error, loss = error_and_loss(outputs, encode_targets(test.y, outputs.shape[1], outputs.dtype))
+    return float(error), float(loss)

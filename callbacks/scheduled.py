@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 __all__ = ["ScheduledCallback", "schedule"]
@@ -17,18 +19,21 @@ class ScheduledCallback(Callback, ABC):
 
     Args:
         every_n_batches: Measure every so many steps.
-        log_spaced: Measure at about this many logarithmically spaced steps instead (30 if neither is given).
+        log_spaced: Measure at about this many logarithmically spaced steps instead (30 if nothing is given).
+        at: Measure at these steps instead.
 
     Raises:
-        ValueError: Both schedules are given, or a number is below 1.
+        ValueError: More than one schedule is given, or a number is below 1.
     """
 
-    def __init__(self, every_n_batches: int | None = None, log_spaced: int | None = None) -> None:
-        if every_n_batches is not None and log_spaced is not None:
-            raise ValueError("Give every_n_batches or log_spaced, not both.")
-        if any(number is not None and number < 1 for number in (every_n_batches, log_spaced)):
-            raise ValueError("every_n_batches and log_spaced must be at least 1.")
-        self.every_n_batches, self.log_spaced = every_n_batches, log_spaced or 30
+    def __init__(
+        self, every_n_batches: int | None = None, log_spaced: int | None = None, at: Sequence[int] | None = None
+    ) -> None:
+        if sum(given is not None for given in (every_n_batches, log_spaced, at)) > 1:
+            raise ValueError("Give only one of every_n_batches, log_spaced and at.")
+        if any(number is not None and number < 1 for number in (every_n_batches, log_spaced, *(at or ()))):
+            raise ValueError("every_n_batches, log_spaced and the steps of at must be at least 1.")
+        self.every_n_batches, self.log_spaced, self.at = every_n_batches, log_spaced or 30, at
         self.rows: list[dict[str, Any]] = []
         self._steps: set[int] = set()
 
@@ -45,7 +50,7 @@ class ScheduledCallback(Callback, ABC):
         total = trainer.estimated_stepping_batches
         if total == float("inf"):
             raise ValueError("The schedule needs the length of the run: set the Trainer's max_epochs or max_steps.")
-        self._steps = schedule(int(total), self.every_n_batches, self.log_spaced)
+        self._steps = schedule(int(total), self.every_n_batches, self.log_spaced, self.at)
         if trainer.global_step == 0:
             self.rows = []
         self._measure_at({0}, trainer, pl_module)
@@ -59,7 +64,14 @@ class ScheduledCallback(Callback, ABC):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the last step, wherever the run stopped, and keep the results."""
         self._measure_at({trainer.global_step}, trainer, pl_module)
-        self.finish(trainer)
+        self._finish_once(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Keep the results so far when the run breaks off."""
+        try:
+            self._finish_once(trainer)
+        except OSError as error:
+            rank_zero_warn(str(error))  # the exception that ended the run is the one to raise
 
     def state_dict(self) -> dict[str, Any]:
         """Give the rows so far, for the checkpoint."""
@@ -73,16 +85,25 @@ class ScheduledCallback(Callback, ABC):
         step = trainer.global_step
         if step in steps and not (self.rows and self.rows[-1]["step"] >= step):
             with isolate_rng():
-                self.measure(trainer, pl_module, step)
+                try:
+                    self.measure(trainer, pl_module, step)
+                except FloatingPointError as error:
+                    rank_zero_warn(f"{type(self).__name__} leaves out steps at which there is no kernel. {error}")
+
+    def _finish_once(self, trainer: Trainer) -> None:
+        if self.rows and self._steps:
+            self._steps = set()
+            self.finish(trainer)
 
 
-def schedule(total: int, every: int | None, log_spaced: int) -> set[int]:
+def schedule(total: int, every: int | None, log_spaced: int, at: Sequence[int] | None = None) -> set[int]:
     """Choose the steps to measure at.
 
     Args:
         total: Steps of the run.
         every: Distance of two steps, or None for logarithmic spacing.
         log_spaced: Number of logarithmically spaced steps from 1 to ``total``; fewer where rounding makes them equal.
+        at: The steps themselves, instead; those beyond ``total`` never come.
 
     Returns:
         The steps, with 0 and the last.
@@ -91,5 +112,7 @@ def schedule(total: int, every: int | None, log_spaced: int) -> set[int]:
         >>> sorted(schedule(100, None, 5))
         [0, 1, 3, 10, 32, 100]
     """
+    if at is not None:
+        return {0, *at, total}
     spaced = range(0, total, every) if every else np.geomspace(1, total, log_spaced).round().astype(int).tolist()
     return {0, *spaced, total}

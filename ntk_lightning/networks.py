@@ -10,12 +10,15 @@ arXiv 1806.07572; Sohl-Dickstein et al., 2020, arXiv 2001.07301).
 
 An architecture is one plain :class:`torch.nn.Sequential`, whatever is done with it: the finite network runs it, the
 linearized network differentiates it, :class:`ntk_lightning.kernels.InfiniteNTK` walks it.
+
+Longer than 300 lines for the documentation of seven small public names, which belong together.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -32,8 +35,10 @@ class _NTKLayer(nn.Module):
 
     def __init__(self, weight_shape: tuple[int, ...], weight_std: float, bias_std: float) -> None:
         super().__init__()
-        if weight_std <= 0 or bias_std < 0:
+        if not (0 < weight_std < math.inf and 0 <= bias_std < math.inf):
             raise ValueError(f"weight_std must be > 0 and bias_std >= 0, got {weight_std=} and {bias_std=}.")
+        if not all(isinstance(size, Integral) for size in weight_shape):
+            raise TypeError(f"{type(self).__name__} needs sizes that are whole numbers, got {weight_shape}.")
         if min(weight_shape) < 1:
             raise ValueError(f"{type(self).__name__} needs positive sizes, got a weight of shape {weight_shape}.")
         self.weight_std, self.bias_std = weight_std, bias_std
@@ -46,6 +51,12 @@ class _NTKLayer(nn.Module):
         """Draw every parameter from N(0, 1)."""
         for parameter in self.parameters():
             nn.init.normal_(parameter)
+
+    def _check_input(self, x: Tensor, dim: int, name: str) -> None:
+        size = getattr(self, name)
+        if x.dim() < -dim or x.shape[dim] != size:
+            advice = f"set {name}={x.shape[dim]}" if x.dim() >= -dim else "give it images (n, C, H, W)"
+            raise ValueError(f"{type(self).__name__} has {name}={size}, but gets {tuple(x.shape)}: {advice}.")
 
     def _scaled(self) -> tuple[Tensor, Tensor | None]:
         bias = None if self.bias is None else self.bias_std * self.bias
@@ -75,6 +86,7 @@ class NTKLinear(_NTKLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
+        self._check_input(x, -1, "in_features")
         return F.linear(x, *self._scaled())
 
     def extra_repr(self) -> str:
@@ -133,6 +145,7 @@ class NTKConv2d(_NTKLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (n, in_channels, H, W) to (n, out_channels, H', W')."""
+        self._check_input(x, -3, "in_channels")
         return F.conv2d(x, *self._scaled(), stride=self.stride, padding=self.pad)
 
     def extra_repr(self) -> str:

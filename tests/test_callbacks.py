@@ -273,7 +273,7 @@ def test_what_is_missing_is_said_before_training(
 
 
 def test_constructor_arguments_are_checked() -> None:
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match="only one of"):
         EmpiricalNTKDynamics(every_n_batches=1, log_spaced=2)
     with pytest.raises(ValueError, match="at least 1"):
         EmpiricalNTKDynamics(every_n_batches=0)

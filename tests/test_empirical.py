@@ -320,7 +320,7 @@ def shard(rank: int, address: str, results: str) -> None:
 
 def test_ranks_share_the_work_and_end_with_the_same_bits(tmp_path: object) -> None:
     multiprocessing.spawn(shard, (f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=2)
-    first, second = (torch.load(f"{tmp_path}/{rank}.pt") for rank in (0, 1))
+    first, second = (torch.load(f"{tmp_path}/{rank}.pt", weights_only=True) for rank in (0, 1))
     for a, b, alone in zip(first[:2], second[:2], first[2:], strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(a, alone, rtol=1e-5, atol=1e-6)

@@ -136,7 +136,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Results:
     path = tmp_path_factory.mktemp("interpreted") / "grams.pt"
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, __file__, str(path)], check=True, env=environment)
-    results: Results = torch.load(path)
+    results: Results = torch.load(path, weights_only=True)
     return results
 
 

@@ -5,7 +5,6 @@ import logging
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from tiny import file_size_limit
 from torch import Tensor, nn
 
 from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK, kernel_key
@@ -305,17 +305,6 @@ def test_a_wrong_kernel_is_refused_and_what_was_finished_stays(tmp_path: Path) -
         store.compute([(1, 1)], progress=False)
     assert (0, 0) not in store.missing()
     assert len(block_folders(store)) == 1
-
-
-@contextmanager
-def file_size_limit(limit: int) -> Iterator[None]:
-    """Let every write of a file beyond so many bytes fail, as on a full disk."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def test_a_failed_write_names_the_folder_and_keeps_what_was_finished(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""The empirical NTK: inner products of a network's parameter gradients, within a memory budget."""
+"""The empirical NTK: inner products of a network's parameter gradients, within a memory budget.
+
+Longer than 300 lines for the documentation of one class's calls; the gradients and the memory budget have own files.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,15 @@ from torch import Tensor, distributed, nn
 from torch.func import jvp, vjp
 
 from ntk_lightning.kernels.gradients import GradientRows
-from ntk_lightning.kernels.inputs import check_inputs
+from ntk_lightning.kernels.inputs import check_finite, check_inputs
 from ntk_lightning.kernels.memory import SLICE_COLUMNS, chunk_size, divide, parse_bytes
 from ntk_lightning.progress import progress_bar
 
 __all__ = ["EmpiricalNTK"]
 
 Features = Literal["float32", "tf32", "bfloat16"]
+
+_DIVERGED = "if the network has diverged, lower the learning rate, else compute in float64"
 
 
 class EmpiricalNTK(nn.Module):
@@ -106,17 +111,20 @@ class EmpiricalNTK(nn.Module):
         Raises:
             TypeError: An input is not a floating-point tensor.
             ValueError: Inputs are malformed or lie elsewhere than the kernel, or the memory budget is too small.
+            FloatingPointError: The network's outputs or gradients are not finite.
         """
         with self._computing(x1, x2) as (rows, (x1, *others)):
             if not others:
                 gram = _empty(rows, x1, x1)
                 self._panels(rows, x1, gram, [], progress)
+                check_finite(gram, _DIVERGED)
                 return gram
             x2, out = others[0], _empty(rows, x1, others[0])
             if len(x1) < len(x2):  # the smaller set is more likely to fit, and the other passes by once a panel
                 self._panels(rows, x1, None, [(x2, _swap(out))], progress)
             else:
                 self._panels(rows, x2, None, [(x1, out)], progress)
+            check_finite(out, _DIVERGED)
             return out
 
     def gram_and_cross(self, x_train: Tensor, *x_tests: Tensor, progress: bool = False) -> tuple[Tensor, ...]:
@@ -133,11 +141,14 @@ class EmpiricalNTK(nn.Module):
         Raises:
             TypeError: An input is not a floating-point tensor.
             ValueError: Inputs are malformed or lie elsewhere than the kernel, or the memory budget is too small.
+            FloatingPointError: The network's outputs or gradients are not finite.
         """
         with self._computing(x_train, *x_tests) as (rows, (x_train, *tests)):
             gram = _empty(rows, x_train, x_train)
             crosses = [_empty(rows, x, x_train) for x in tests]
             self._panels(rows, x_train, gram, list(zip(tests, crosses, strict=True)), progress)
+            for kernel in (gram, *crosses):
+                check_finite(kernel, _DIVERGED)
         return gram, *crosses
 
     def diag(self, x: Tensor) -> Tensor:
@@ -215,6 +226,7 @@ class EmpiricalNTK(nn.Module):
         Raises:
             TypeError: An input is not a floating-point tensor.
             ValueError: Inputs are malformed or lie elsewhere than the kernel, or the memory budget is too small.
+            FloatingPointError: The network's outputs or gradients are not finite.
         """
         if not (distributed.is_available() and distributed.is_initialized()):
             return self.forward(x1, x2, progress=progress)
@@ -231,6 +243,7 @@ class EmpiricalNTK(nn.Module):
                 self._panels(rows, mine, gram[start:stop, start:stop], streams, progress)
                 gram[start:stop, stop:] = _swap(gram[stop:, start:stop])
             distributed.all_reduce(gram)
+            check_finite(gram, _DIVERGED)
         return gram
 
     def features_error(self, x: Tensor) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ntk_lightning.kernels import offset_planes, reference
-from ntk_lightning.kernels.inputs import check_inputs
+from ntk_lightning.kernels.inputs import check_finite, check_inputs
 from ntk_lightning.kernels.layers import Flatten, Layer, check_shape, parse
 from ntk_lightning.progress import progress_bar
 
@@ -77,6 +77,7 @@ class InfiniteNTK:
         Raises:
             TypeError: An input is not a floating-point tensor.
             ValueError: Inputs are malformed, do not fit the network, or cannot run on the chosen backend.
+            FloatingPointError: A covariance is too large for the inputs' precision.
         """
         self.check(x1, x2)
         backend = self.backend_for(x1)
@@ -84,9 +85,12 @@ class InfiniteNTK:
             x1, x2 = x1.flatten(1), None if x2 is None else x2.flatten(1)
         entries = len(x1) * len(x1 if x2 is None else x2)
         with progress_bar(f"infinite {self.kind.upper()} ({backend})", entries, "pairs", enabled=progress) as advance:
-            if backend == "reference":
-                return self._reference_gram(x1, x2, advance)
-            gram: Tensor = _compiled(backend).gram(self.layers, self.kind, x1, x2, advance)
+            gram: Tensor = (
+                self._reference_gram(x1, x2, advance)
+                if backend == "reference"
+                else _compiled(backend).gram(self.layers, self.kind, x1, x2, advance)
+            )
+        check_finite(gram, "compute it in float64, or scale the inputs down")
         return gram
 
     def diag(self, x: Tensor) -> Tensor:
@@ -172,6 +176,8 @@ class InfiniteNTK:
             for j in range(i if symmetric else 0, len(x2), side):
                 nngp, ntk = reference.gram(self.layers, x1[i : i + side], x2[j : j + side])
                 block = ntk if self.kind == "ntk" else nngp
+                if symmetric and i == j:
+                    block = block.triu() + block.triu(1).T  # its two halves differ by rounding
                 out[i : i + side, j : j + side] = block
                 if symmetric and i != j:
                     out[j : j + side, i : i + side] = block.T

@@ -129,11 +129,12 @@ def _translate(module: nn.Module, path: str) -> list[Layer]:
 
 
 def _square(size: int | tuple[int, int], path: str) -> int:
-    if isinstance(size, int):
-        return size
-    if size[0] != size[1]:
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
         raise TypeError(f"{path} pools {size}: only square windows and strides are supported.")
-    return size[0]
+    if height < 1:
+        raise ValueError(f"{path} pools {size}: windows and strides must be at least one pixel.")
+    return height
 
 
 def _check_gaussian(layers: Sequence[Layer], gaussian: bool) -> bool:

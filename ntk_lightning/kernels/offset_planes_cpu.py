@@ -9,6 +9,8 @@ The NTK is most sensitive to rounding where correlations are near one: at equal 
 layers everywhere. Where such covariances weigh much and cost little, they are always computed in float64: in networks
 that end in ``nn.Flatten``, on few pixels, after the second pooling, which leaves 1/256 of the covariances, and for
 pairs of images that are almost but not quite the same.
+
+Longer than 300 lines, since the plan of a network's stages and its execution share their layout.
 """
 
 from __future__ import annotations

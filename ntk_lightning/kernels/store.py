@@ -9,6 +9,8 @@ step with the blocks.
 A block is written beside its place, flushed, and moved there by one rename: what has the final name is complete, and
 processes need no locks. Its bytes are not compressed (Grams hardly shrink) and carry Zarr's crc32c checksum, checked on
 every read.
+
+Longer than 300 lines, since reading, writing and dividing the blocks rest on the same invariants, told above.
 """
 
 from __future__ import annotations
@@ -28,10 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import zarr
 from torch import Tensor, nn
-from zarr.codecs import Crc32cCodec
-from zarr.errors import ContainsGroupError
 
 from ntk_lightning.kernels.fingerprint import describe, digest, kernel_key
 from ntk_lightning.kernels.inputs import check_inputs
@@ -166,6 +165,14 @@ class KernelStore:
         for _ in self._blocks(share, progress and rank == 0):
             pass
 
+    def check_folder(self) -> None:
+        """Check, without computing anything, that the blocks which are not there yet can be written.
+
+        Raises:
+            OSError: The folder cannot be written, or its disk lacks the room.
+        """
+        self._prepare([block_id for block_id in self.block_ids if not self._path(*self._ordered(block_id)).is_dir()])
+
     def _blocks(self, block_ids: Iterable[BlockId], progress: bool) -> Iterator[tuple[BlockId, Tensor]]:
         """Yield the blocks that are stored, then the others as they are computed; all as :meth:`_ordered` has them."""
         pending: deque[BlockId] = deque()
@@ -178,7 +185,8 @@ class KernelStore:
         if not pending:
             return
         self._prepare(pending)
-        chance = random.Random()  # seeded by the system, so that processes part ways
+        # seeded by the system, so that processes part ways
+        chance = random.Random()  # nosec B311
         pending.rotate(chance.randrange(len(pending)))
         with progress_bar("kernel blocks", sum(map(self._pairs, pending)), "pairs", enabled=progress) as advance:
             while pending:
@@ -194,6 +202,9 @@ class KernelStore:
 
     def _prepare(self, pending: Collection[BlockId]) -> None:
         """Make the folder, and check that these blocks can be written, before they are computed."""
+        import zarr  # here and below: half a second that only stores need to spend
+        from zarr.errors import ContainsGroupError
+
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / "zarr.json").exists():
@@ -230,6 +241,8 @@ class KernelStore:
 
     def _read(self, a: int, b: int) -> Tensor | None:
         """The stored block, or None where it is absent or damaged."""
+        import zarr
+
         path = self._path(a, b)
         if not path.is_dir():
             return None
@@ -244,6 +257,9 @@ class KernelStore:
 
     def _write(self, a: int, b: int, values: Tensor) -> None:
         """Put a finished block in its place, unless another process was first."""
+        import zarr
+        from zarr.codecs import Crc32cCodec
+
         path, temporary = self._path(a, b), self._temporary()
         try:
             zarr.create_array(

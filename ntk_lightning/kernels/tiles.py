@@ -13,6 +13,8 @@ is needed, a tile is a single row of pixels (x, x), and the neighbours lie in th
 A tile is named by the index of its first entry in one flat buffer, ``work``; the NTK's tile lies a fixed gap behind the
 NNGP's. ``left`` has what belongs to the first image, ``right`` to the images in a row: pixels, then for each activation
 two numbers a pixel. Records (levels, steps, run) are laid out by :mod:`ntk_lightning.kernels.offset_planes_cpu`.
+
+Longer than 300 lines, since Numba compiles these functions into one another and caches them by this file.
 """
 
 # ruff: noqa: ANN401 - vectors and records exist in compiled code only, where they have no Python type

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import asdict
 from typing import Any, ClassVar, cast
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from ntk_lightning.datamodules.base import Batch
@@ -87,21 +90,62 @@ class NTKModule(LightningModule, ABC):
         """Make the optimizer that all models share."""
         return self.optimizer_config.configure(self.parameters())
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the sums of the epoch's training metrics so far, one row a process, and the optimizer config."""
+        checkpoint["train_totals"] = cast(Tensor, self.all_gather(self._metrics["train/"].totals)).reshape(-1, 3).cpu()
+        checkpoint["optimizer_config"] = asdict(self.optimizer_config)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the sums of the training metrics.
+
+        Raises:
+            ValueError: A run is resumed with another optimizer config than it began with.
+        """
+        trainer = self._trainer
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+            return
+        config = asdict(self.optimizer_config)
+        for name, value in checkpoint.get("optimizer_config", {}).items():
+            if name not in ("epochs", "steps") and config[name] != value:  # those two are the Trainer's in a fit
+                raise ValueError(
+                    f"The checkpoint's run had {name}={value}, this one has {name}={config[name]}: resume with the "
+                    "same optimizer config, or remove the checkpoint to start a new run."
+                )
+        if "train_totals" in checkpoint:
+            share = checkpoint["train_totals"][trainer.global_rank :: trainer.world_size]
+            self._metrics["train/"].totals = share.sum(0)
+
     def _log_epoch(self) -> None:
         """Log the metrics that were updated, once an epoch: every step would cost a tenth of a small network's."""
         for prefix, metric in self._metrics.items():
             if metric.update_called and (prefix == "train/") == self.trainer.training:
                 for name, value in metric.compute().items():
-                    self.log(prefix + name, value, prog_bar=name == "error", sync_dist=True)  # equal on all processes
+                    # equal on all processes already: their maximum is the same bits, their mean need not be
+                    self.log(prefix + name, value, prog_bar=name == "error", sync_dist=True, reduce_fx="max")
+                    if prefix + name == "train/loss" and not torch.isfinite(value):
+                        self._stop_diverged(float(value))
                 metric.reset()
+
+    def _stop_diverged(self, loss: float) -> None:
+        """End the run, whose weights cannot recover; callbacks still keep what they have measured."""
+        rank_zero_warn(
+            f"The training loss is {loss} in epoch {self.current_epoch}: the model has diverged and the run ends here. "
+            f"Lower the learning rate, which is {self.optimizer_config.lr:g}; what was measured before is kept."
+        )
+        self.trainer.should_stop = True
 
     def _shared_step(self, batch: Any, batch_idx: int, split: str) -> Tensor:  # noqa: ANN401
         if not isinstance(batch, Batch):
             x, y = batch
             batch = Batch(x, y, torch.arange(0), len(y) * self.trainer.world_size)
         outputs = self.predict(batch, split)
-        if batch_idx == 0 and outputs.shape[1] == 1:
-            check_labels(batch.y)
+        if outputs.dim() != 2 or len(outputs) != len(batch.y):
+            raise ValueError(
+                f"The model must map (n, ...) to (n, num_outputs), but gave {tuple(outputs.shape)} for {len(batch.y)} "
+                "samples: end the network in a linear layer with one unit an output."
+            )
+        if batch_idx == 0:
+            check_labels(batch.y, outputs.shape[1])
         targets = encode_targets(batch.y, outputs.shape[1], outputs.dtype)
         self._metrics[f"{split}/"].update(outputs.detach(), targets)
         # DDP averages gradients over processes: this makes the average that of the whole batch, however it was cut

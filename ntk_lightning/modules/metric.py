@@ -37,7 +37,8 @@ class LossAndError(Metric):
         """
         errors = count_errors(outputs, targets).sum()
         loss = squared_error(outputs, targets).sum()
-        self.totals += torch.stack([loss, errors, errors.new_tensor(len(targets))])
+        totals = torch.stack([loss, errors, errors.new_tensor(len(targets))])
+        self.totals = self.totals + totals  # not in place, which would round float64 to the state's float32
 
     def compute(self) -> dict[str, Tensor]:
         """Average over the samples.

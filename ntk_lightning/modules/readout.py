@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from ntk_lightning.datamodules.base import Batch, samples_of
 from ntk_lightning.kernels.empirical import EmpiricalNTK
 from ntk_lightning.kernels.infinite import Backend, InfiniteNTK, Kind
+from ntk_lightning.kernels.shards import sharded_gram, sharded_gram_and_cross
 from ntk_lightning.modules.base import NTKModule
-from ntk_lightning.optim import OptimizerConfig
+from ntk_lightning.optim import OptimizerConfig, warn_above_critical
 
 __all__ = ["InfiniteNTKReadout", "KernelReadout"]
 
@@ -106,43 +108,50 @@ class KernelReadout(NTKModule):
         train = self._cast(self.train_inputs)
         with torch.no_grad():
             if not isinstance(self.kernel, EmpiricalNTK):
-                self._gram = self.kernel(train, progress=True)
+                self._gram = sharded_gram(self.kernel, train, progress=True)
                 return
             splits = [s for s in ("test", "val") if getattr(_datamodule(self.trainer), f"{s}_set", None) is not None]
             others = [self._cast(samples_of(self.trainer, split).x.to(self.device)) for split in splits]
-            self._gram, *cross = self.kernel.gram_and_cross(train, *others, progress=True)
+            self._gram, *cross = sharded_gram_and_cross(self.kernel, train, *others, progress=True)
             self._cross.update(zip(splits, cross, strict=True))
 
+    def on_train_start(self) -> None:
+        """Warn where the learning rate is above the critical one of the Gram."""
+        if self._gram is not None and self.trainer.is_global_zero:
+            warn_above_critical(self._gram, [self.optimizer_config], self.num_outputs)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make room for the checkpoint's training set."""
+        """Make room for the checkpoint's training set (see the base class)."""
+        super().on_load_checkpoint(checkpoint)
         inputs = checkpoint["state_dict"]["train_inputs"]
         self._allocate(len(inputs), tuple(inputs.shape[1:]))
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate K(x, X) a: (n, ...) to (n, num_outputs)."""
-        return self._rows(x) @ self.coefficients
+        return self._rows(self.kernel, x) @ self.coefficients
 
     def predict(self, batch: Batch, split: str) -> Tensor:
         """Evaluate the model from stored kernel rows (see the base class)."""
+        positions_known = len(batch.indices) == len(batch.y)  # both are 0 where a process has no share of a batch
         if split == "train":
-            if not len(batch.indices):
+            if not positions_known:
                 raise TypeError("A kernel model trains on Batch(x, y, index, size): use this package's data modules.")
             assert self._gram is not None, "on_fit_start computes the Gram"
             rows = self._gram[batch.indices]
             outputs: Tensor = FunctionalGradient.apply(self.coefficients, rows, batch.indices)  # type: ignore[no-untyped-call]  # torch's
             return outputs
-        if not len(batch.indices):
+        if not positions_known:
             return super().predict(batch, split)
         if split not in self._cross:
-            self._cross[split] = self._rows(samples_of(self.trainer, split).x.to(self.device))
+            others = samples_of(self.trainer, split).x.to(self.device)
+            self._cross[split] = self._rows(partial(sharded_gram, self.kernel), others)
         return self._cross[split][batch.indices] @ self.coefficients
 
-    def _rows(self, x: Tensor) -> Tensor:
+    def _rows(self, kernel: Callable[..., Tensor], x: Tensor) -> Tensor:
         if not len(self.train_inputs):
             raise RuntimeError("The kernel model has no training set yet: fit it or load a checkpoint first.")
         with torch.no_grad():
-            rows: Tensor = self.kernel(self._cast(x), self._cast(self.train_inputs))
-        return rows
+            return kernel(self._cast(x), self._cast(self.train_inputs))
 
     def _cast(self, x: Tensor) -> Tensor:
         return x.to(self.coefficients.dtype)

@@ -53,7 +53,7 @@ class LinearizedNetwork(NTKModule):
         self.order, self.include_f0 = order, include_f0
         self._names = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
         if not self._names:
-            raise ValueError("The network has no trainable parameter to linearize in.")
+            raise ValueError("The network has no trainable parameter to linearize in: set requires_grad=True on some.")
         self.net = copy.deepcopy(net).requires_grad_(False)
         w0 = dict(self.net.named_parameters())
         self.displacement = nn.ParameterList([torch.zeros_like(w0[name]) for name in self._names])

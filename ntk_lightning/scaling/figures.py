@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-__all__ = ["draw_diagnostics", "draw_dynamics"]
+__all__ = ["clean_axes", "draw_diagnostics", "draw_dynamics", "time_axis"]
 
 COLORS = {"network": "#1b6ca8", "empirical": "#d1495b", "initial": "#8d6a9f", "infinite": "#2e8b57"}
 
@@ -29,7 +29,7 @@ def draw_dynamics(rows: Sequence[dict[str, Any]]) -> Figure:
     steps = [row["step"] for row in rows]
     figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
-    _time_axis(axes)
+    time_axis(axes)
     axes.set_yscale("log")
     percent = FuncFormatter(lambda value, _: f"{100 * value:g}%")
     axes.yaxis.set_major_formatter(percent)
@@ -71,7 +71,7 @@ def draw_diagnostics(rows: Sequence[dict[str, Any]]) -> Figure:
         ("leading eigenvalues", eigenvalues),
     )
     for axes, (title, columns) in zip(panels.flat, contents, strict=True):
-        _time_axis(axes)
+        time_axis(axes)
         axes.set_title(title, loc="left")
         for (column, label), color in zip(columns.items(), cycle(COLORS.values())):
             points = [(row["step"], row[column]) for row in rows if row[column] is not None]
@@ -82,8 +82,14 @@ def draw_diagnostics(rows: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _time_axis(axes: Axes) -> None:
+def clean_axes(axes: Axes) -> None:
+    """Draw a faint grid and no frame above and at the right."""
     axes.grid(which="major", color="0.88", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def time_axis(axes: Axes) -> None:
+    """Make the horizontal axis training time in batches, logarithmic from step 1 on, with step 0 at its left end."""
+    clean_axes(axes)
     axes.set_xscale("symlog", linthresh=1, linscale=0.3)
     axes.set_xlabel("training step $t$ (batches)")

@@ -13,6 +13,7 @@ from torch import Tensor
 from ntk_lightning.optim import critical_learning_rate
 from ntk_lightning.progress import progress_bar
 from ntk_lightning.solvers.result import (
+    check_arguments,
     check_evaluation_set,
     check_kernel,
     check_targets,
@@ -97,13 +98,14 @@ def ridge(
         The fit with its residual and condition number. Where "cg" misses the tolerance it warns.
 
     Raises:
-        TypeError: A kernel is not a float32 or float64 tensor.
+        TypeError: A kernel is not a float32 or float64 tensor, or another argument is of a wrong type.
         ValueError: Shapes, labels or values are not usable, or the system is not positive definite.
 
     Example:
         >>> ridge(torch.eye(2), torch.tensor([1.0, -1.0]), regularization=0.5).coefficients
         tensor([ 0.5000, -0.5000], dtype=torch.float64)
     """
+    check_arguments(targets)
     if not regularization >= 0 or (tolerance is not None and not tolerance > 0) or rank < 0 or max_iterations < 1:
         raise ValueError(
             "regularization and rank must be >= 0, tolerance > 0 and max_iterations >= 1, got "

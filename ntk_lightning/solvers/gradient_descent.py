@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ntk_lightning.optim import OptimizerConfig
-from ntk_lightning.solvers.result import KernelFit, check_problem, error_and_loss
+from ntk_lightning.solvers.result import KernelFit, check_arguments, check_problem, error_and_loss
 
 __all__ = ["gradient_descent", "gradient_flow"]
 
@@ -50,7 +50,7 @@ def gradient_descent(
         The coefficients after the last of the steps, and the error curves, training set included.
 
     Raises:
-        TypeError: A kernel is not a float32 or float64 tensor.
+        TypeError: A kernel is not a float32 or float64 tensor, or another argument is of a wrong type.
         ValueError: Shapes, labels, steps or values are not usable.
 
     Example:
@@ -58,6 +58,7 @@ def gradient_descent(
         >>> gradient_descent(torch.eye(2), torch.tensor([1.0, -1.0]), config, steps=[1, 2]).coefficients
         tensor([ 0.7500, -0.7500], dtype=torch.float64)
     """
+    check_arguments(targets, optimizer)
     total = optimizer.steps if optimizer.steps is not None else optimizer.epochs
     if steps is None:
         steps = torch.logspace(0, torch.log10(torch.tensor(float(total))).item(), 100).round().long().tolist()
@@ -109,13 +110,14 @@ def gradient_flow(
         The coefficients at the last time, and the error curves; ``steps`` holds the times.
 
     Raises:
-        TypeError: A kernel is not a float32 or float64 tensor.
+        TypeError: A kernel is not a float32 or float64 tensor, or another argument is of a wrong type.
         ValueError: Shapes, labels, times or values are not usable.
 
     Example:
         >>> gradient_flow(2 * torch.eye(2), torch.tensor([1.0, -1.0]), [1e3]).coefficients
         tensor([ 0.5000, -0.5000], dtype=torch.float64)
     """
+    check_arguments(targets)
     moments = torch.tensor(sorted(set(times)), dtype=torch.float64)
     if not len(moments) or not torch.isfinite(moments).all() or moments[0] < 0:
         raise ValueError(f"times must be finite and at least 0, got {times}.")

@@ -9,8 +9,17 @@ import torch
 from torch import Tensor
 
 from ntk_lightning.objective import count_errors, squared_error
+from ntk_lightning.optim import OptimizerConfig
 
-__all__ = ["KernelFit", "check_evaluation_set", "check_kernel", "check_problem", "check_targets", "error_and_loss"]
+__all__ = [
+    "KernelFit",
+    "check_arguments",
+    "check_evaluation_set",
+    "check_kernel",
+    "check_problem",
+    "check_targets",
+    "error_and_loss",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +94,25 @@ class KernelFit:
                 f"This fit has no {name} errors: pass {name}_kernel and {name}_targets, and evaluate once."
             )
         return errors
+
+
+def check_arguments(targets: object, *optimizers: object) -> None:
+    """Check the types of what a fit is given beside its kernel.
+
+    Args:
+        targets: Training labels.
+        *optimizers: Its optimizer configs.
+
+    Raises:
+        TypeError: The labels are not a tensor, or a config is not an OptimizerConfig.
+    """
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets must be a tensor, got {type(targets).__name__}: convert them by torch.as_tensor.")
+    for optimizer in optimizers:
+        if not isinstance(optimizer, OptimizerConfig):
+            raise TypeError(
+                f"The optimizer must be a config, got {type(optimizer).__name__}: write OptimizerConfig(lr=..., ...)."
+            )
 
 
 def check_kernel(kernel: Tensor) -> None:
@@ -228,9 +256,10 @@ def error_and_loss(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
 
 
 def _check_matrix(name: str, matrix: Tensor) -> None:
-    dtype = getattr(matrix, "dtype", type(matrix))
-    if dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name} must be a float32 or float64 tensor, got {dtype}: call .float() first.")
+    if not isinstance(matrix, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(matrix).__name__}: convert it by torch.from_numpy.")
+    if matrix.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be a float32 or float64 tensor, got {matrix.dtype}: call .float() first.")
     if matrix.dim() != 2 or 0 in matrix.shape:
         raise ValueError(f"{name} must be a non-empty matrix, got shape {tuple(matrix.shape)}.")
     if not torch.isfinite(matrix.sum()) and not torch.isfinite(matrix).all():

@@ -11,10 +11,9 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from ntk_lightning.optim import OptimizerConfig, critical_learning_rate
+from ntk_lightning.optim import OptimizerConfig, warn_above_critical
 from ntk_lightning.progress import progress_bar
-from ntk_lightning.solvers.result import KernelFit, check_problem, error_and_loss
-from ntk_lightning.solvers.steps import advance, product
+from ntk_lightning.solvers.result import KernelFit, check_arguments, check_problem, error_and_loss
 
 __all__ = ["kernel_sgd", "kernel_sgd_grid"]
 
@@ -61,7 +60,7 @@ def kernel_sgd(
         The coefficients and the error curves. A run that diverges ends early, with a warning and errors of 1.
 
     Raises:
-        TypeError: A kernel is not a float32 or float64 tensor.
+        TypeError: A kernel is not a float32 or float64 tensor, or another argument is of a wrong type.
         ValueError: Shapes, labels, steps or values are not usable.
 
     Example:
@@ -69,6 +68,7 @@ def kernel_sgd(
         >>> fit.coefficients
         tensor([ 0.5000, -0.5000], dtype=torch.float64)
     """
+    check_arguments(targets, optimizer)
     if initial_coefficients is not None and initial_coefficients.shape != targets.shape:
         raise ValueError(
             f"initial_coefficients must have the shape of targets, {tuple(targets.shape)}, got "
@@ -119,7 +119,7 @@ def kernel_sgd_grid(
         The fit of each (size, optimizer, index of the label vector).
 
     Raises:
-        TypeError: A kernel is not a float32 or float64 tensor.
+        TypeError: A kernel is not a float32 or float64 tensor, or another argument is of a wrong type.
         ValueError: Shapes, labels, steps, sizes or values are not usable.
 
     Example:
@@ -128,6 +128,7 @@ def kernel_sgd_grid(
         >>> fits[2, rates[0], 0].coefficients
         tensor([ 0.2500, -0.2500], dtype=torch.float64)
     """
+    check_arguments(targets, *optimizers)
     targets = torch.atleast_2d(targets)
     sets = {"test": (test_kernel, test_targets), "val": (val_kernel, val_targets)}
     given = check_problem(kernel, targets, sets, torch.atleast_2d)
@@ -161,10 +162,12 @@ def _fit_together(
     initial: Tensor | None = None,
 ) -> list[KernelFit]:
     """Fit every pair of an optimizer and a label vector on one order of batches; every output is a row of the state."""
+    from ntk_lightning.solvers.steps import advance, product  # here: numba takes a second that only fits need to spend
+
     order, n, shape = optimizers[0], len(kernel), targets.shape[2:]
     outputs, kernel = math.prod(shape), kernel.detach()
     sets = {**sets, "train": (kernel, targets)} if evaluate_train else sets
-    _warn_above_critical(kernel, optimizers, outputs)
+    warn_above_critical(kernel, optimizers, outputs, stacklevel=4)
 
     def rows(labels: Tensor) -> Tensor:
         """(r, m) or (r, m, C) to (pairs, C, m)."""
@@ -228,16 +231,3 @@ def _evaluation_steps(eval_every: int | Sequence[int] | None, order: OptimizerCo
     if not steps or steps[0] < 0 or steps[-1] > total:
         raise ValueError(f"eval_every must be step counts from 0 to {total}, the length of the run; got {eval_every}.")
     return steps
-
-
-def _warn_above_critical(kernel: Tensor, optimizers: Sequence[OptimizerConfig], outputs: int) -> None:
-    """Warn about the learning rate that is the farthest above the one at which full-batch descent diverges."""
-    critical = outputs * critical_learning_rate(kernel, tolerance=1e-2)
-    worst = max(optimizers, key=lambda o: o.lr / (1 + o.momentum))
-    ratio = worst.lr / (1 + worst.momentum) / critical
-    if ratio > 1:
-        warnings.warn(
-            f"lr={worst.lr:g} is {ratio:.3g} times the critical learning rate {worst.lr / ratio:.3g} of this kernel "
-            f"({len(kernel)} samples, momentum {worst.momentum:g}): expect divergence.",
-            stacklevel=4,
-        )

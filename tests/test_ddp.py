@@ -1,0 +1,95 @@
+"""The number of processes changes no result: every module and callback under DDP against one process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import ddp_run
+import pytest
+import torch
+
+SCRIPT = Path(ddp_run.__file__)
+TOLERANCE = {"rel": 1e-10, "abs": 1e-10}
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+    return port
+
+
+def environment(**variables: object) -> dict[str, str]:
+    path = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in variables.items()}
+
+
+def torchrun(processes: int, folder: Path) -> None:
+    """One machine, as a user starts it."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    command = [*launcher, f"--master_port={free_port()}", str(SCRIPT), str(folder), str(processes), "1"]
+    subprocess.run(command, check=True, env=environment(), timeout=200)
+
+
+def two_nodes(processes: int, folder: Path) -> None:
+    """One process on each of several "machines", which know of each other by environment variables."""
+    port = free_port()
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(folder), "1", str(processes)],
+            env=environment(
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=processes, NODE_RANK=rank, LOCAL_RANK=0
+            ),
+        )
+        for rank in range(processes)
+    ]
+    assert [node.wait(200) for node in nodes] == [0] * processes
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return ddp_run.train_all(tmp_path_factory.mktemp("one"))
+
+
+def cells(tables: dict[str, list[dict[str, str]]]) -> list[tuple[Any, ...]]:
+    """List all cells, numbers as numbers."""
+
+    def number(cell: str) -> float | str:
+        try:
+            return float(cell)
+        except ValueError:
+            return cell
+
+    return [
+        (table, i, column, number(cell))
+        for table, rows in tables.items()
+        for i, row in enumerate(rows)
+        for column, cell in row.items()
+    ]
+
+
+@pytest.mark.parametrize(("launch", "processes"), [(torchrun, 2), (torchrun, 3), (two_nodes, 2)])
+def test_processes_change_nothing(
+    launch: Any,  # noqa: ANN401 - one of the two above
+    processes: int,
+    tmp_path: Path,
+    one_process: dict[str, Any],
+) -> None:
+    launch(processes, tmp_path)
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    assert found["world_size"] == processes
+    for name in ddp_run.modules():
+        expected, measured = one_process[name], found[name]
+        for key, weight in expected["weights"].items():
+            torch.testing.assert_close(measured["weights"][key], weight, rtol=1e-10, atol=1e-10)
+        assert measured["logged"] == pytest.approx(expected["logged"], **TOLERANCE)
+        assert {"error_curve", "comparison"} <= set(expected["tables"])
+        for cell, wanted in zip(cells(measured["tables"]), cells(expected["tables"]), strict=True):
+            assert cell[:3] == wanted[:3]
+            assert cell[3] == (pytest.approx(wanted[3], **TOLERANCE) if isinstance(wanted[3], float) else wanted[3])
+    assert len(one_process["finite"]["tables"]) == 7
