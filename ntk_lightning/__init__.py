@@ -1,1 +1,135 @@
-"""PyTorch Lightning modules for one question: how far does the NTK explain a real network's generalization?"""
+"""PyTorch Lightning modules for one question: how far does the NTK explain a real network's generalization?
+
+Every public name can be imported from here; it is looked up when it is first used, so this import alone costs nothing.
+"""
+
+from typing import TYPE_CHECKING
+
+from ntk_lightning.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from ntk_lightning.callbacks import (
+        AfterKernel,
+        ComparisonTable,
+        EmpiricalNTKDynamics,
+        InfiniteNTKFit,
+        KernelDiagnostics,
+        OptimalEarlyStopping,
+        ResumableCheckpoint,
+        ScheduledCallback,
+        StopAtTrainError,
+    )
+    from ntk_lightning.datamodules import (
+        Batch,
+        BatchLoader,
+        CIFAR5mBinary,
+        CIFAR10Binary,
+        FashionMNISTBinary,
+        ImageDataModule,
+        Samples,
+        SVHNParity,
+        SyntheticTeacher,
+        TensorData,
+    )
+    from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK, KernelStore, compute_on_ray, kernel_key
+    from ntk_lightning.modules import FiniteNetwork, InfiniteNTKReadout, KernelReadout, LinearizedNetwork
+    from ntk_lightning.networks import MLP, Erf, FiveLayerCNN, MyrtleCNN, NTKConv2d, NTKLinear, Residual
+    from ntk_lightning.optim import OptimizerConfig, critical_learning_rate
+    from ntk_lightning.scaling import (
+        Arm,
+        ExponentDifference,
+        FigureConfig,
+        FittedSeries,
+        Grid,
+        PowerLawFit,
+        StudyConfig,
+        StudyError,
+        StudyResults,
+        compare_exponents,
+        draw_study,
+        exponents_table,
+        fit_power_law,
+        fit_series,
+        read_config,
+        read_results,
+        read_study,
+        run_study,
+    )
+    from ntk_lightning.solvers import (
+        KernelFit,
+        RidgeFit,
+        gradient_descent,
+        gradient_flow,
+        kernel_sgd,
+        kernel_sgd_grid,
+        ridge,
+    )
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__, ("networks", "optim", "kernels", "solvers", "scaling", "datamodules", "modules", "callbacks")
+    )
+
+__all__ = [
+    "MLP",
+    "AfterKernel",
+    "Arm",
+    "Batch",
+    "BatchLoader",
+    "CIFAR5mBinary",
+    "CIFAR10Binary",
+    "ComparisonTable",
+    "EmpiricalNTK",
+    "EmpiricalNTKDynamics",
+    "Erf",
+    "ExponentDifference",
+    "FashionMNISTBinary",
+    "FigureConfig",
+    "FiniteNetwork",
+    "FittedSeries",
+    "FiveLayerCNN",
+    "Grid",
+    "ImageDataModule",
+    "InfiniteNTK",
+    "InfiniteNTKFit",
+    "InfiniteNTKReadout",
+    "KernelDiagnostics",
+    "KernelFit",
+    "KernelReadout",
+    "KernelStore",
+    "LinearizedNetwork",
+    "MyrtleCNN",
+    "NTKConv2d",
+    "NTKLinear",
+    "OptimalEarlyStopping",
+    "OptimizerConfig",
+    "PowerLawFit",
+    "Residual",
+    "ResumableCheckpoint",
+    "RidgeFit",
+    "SVHNParity",
+    "Samples",
+    "ScheduledCallback",
+    "StopAtTrainError",
+    "StudyConfig",
+    "StudyError",
+    "StudyResults",
+    "SyntheticTeacher",
+    "TensorData",
+    "compare_exponents",
+    "compute_on_ray",
+    "critical_learning_rate",
+    "draw_study",
+    "exponents_table",
+    "fit_power_law",
+    "fit_series",
+    "gradient_descent",
+    "gradient_flow",
+    "kernel_key",
+    "kernel_sgd",
+    "kernel_sgd_grid",
+    "read_config",
+    "read_results",
+    "read_study",
+    "ridge",
+    "run_study",
+]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
-from ntk_lightning.callbacks.run import run_folder
+from ntk_lightning.callbacks.run import run_folder, writing
+from ntk_lightning.commands import COMMANDS, run_command
+from ntk_lightning.configs import find_configs
 
 __all__ = ["main"]
 
@@ -19,22 +22,31 @@ class RunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write ``config.yaml`` into the run's folder."""
-        self.parser.save(self.config, run_folder(trainer) / "config.yaml", skip_none=False, overwrite=True)
+        path = run_folder(trainer) / "config.yaml"
+        with writing(path):
+            self.parser.save(self.config, path, skip_none=False, overwrite=True)
 
 
-def main(args: Sequence[str] | None = None) -> LightningCLI:
-    """Run ``fit``, ``validate``, ``test`` or ``predict``.
+def main(args: Sequence[str] | None = None) -> LightningCLI | None:
+    """Run ``fit``, ``validate``, ``test`` or ``predict``, which are LightningCLI's, or one of the other commands.
 
-    W&B runs offline unless ``WANDB_MODE`` says otherwise.
+    W&B runs offline unless ``WANDB_MODE`` says otherwise. A ``--config`` that is not there is looked for among those
+    that come with the package.
 
     Args:
         args: Command line, by default the process's.
 
     Returns:
-        The CLI after the run, with ``trainer``, ``model`` and ``datamodule``.
+        The CLI after the run, with ``trainer``, ``model`` and ``datamodule``; None of the other commands.
     """
     os.environ.setdefault("WANDB_MODE", "offline")
+    os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # Lightning would unpickle what it downloads
+    given = find_configs(sys.argv[1:] if args is None else args)
+    if given and given[0] in COMMANDS:
+        run_command(given)
+        return None
     warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)`")  # Lightning's own, on recent torch
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # they are the process's, with configs found
     return LightningCLI(
         LightningModule,
         LightningDataModule,
@@ -43,5 +55,9 @@ def main(args: Sequence[str] | None = None) -> LightningCLI:
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,
-        args=None if args is None else list(args),
+        parser_kwargs={
+            "epilog": "Also: " + "; ".join(f"{name}: {text}" for name, text in COMMANDS.items()),
+            **{name: {"usage": f"python -m ntk_lightning {name} [options]"} for name in LightningCLI.subcommands()},
+        },
+        args=given,
     )

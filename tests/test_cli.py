@@ -18,7 +18,10 @@ import yaml
 from test_datamodules import cifar_folder
 from wandb.proto.wandb_internal_pb2 import Record
 
+import ntk_lightning
 from ntk_lightning.cli import main
+from ntk_lightning.configs import find_config, find_configs
+from ntk_lightning.scaling import read_config
 
 CONFIGS = Path(__file__).parents[1] / "cli_configs"
 MAIN = CONFIGS / "myrtle64.yaml"
@@ -165,3 +168,28 @@ def test_a_missing_configuration_is_named(capsys: pytest.CaptureFixture[str]) ->
         run(Path("nowhere.yaml"))
     assert ended.value.code not in (0, None)
     assert "nowhere.yaml" in capsys.readouterr().err
+
+
+def test_shipped_configurations_are_found_where_there_is_no_checkout(tmp_path: Path) -> None:
+    shipped = str(Path(ntk_lightning.__file__).parent / "cli_configs" / "myrtle64.yaml")
+    arguments = [
+        "fit",
+        "--config",
+        "cli_configs/myrtle64.yaml",
+        "--config=myrtle64.yaml",
+        "-c",
+        "a.yaml",
+        "--config=b: 1",
+    ]
+    assert find_configs(arguments) == [
+        "fit",
+        "--config",
+        shipped,
+        f"--config={shipped}",
+        "-c",
+        "a.yaml",
+        "--config=b: 1",
+    ]
+    (tmp_path / "myrtle64.yaml").write_text("{}")  # what is there comes first
+    assert find_config("myrtle64.yaml") == "myrtle64.yaml"
+    assert read_config(["cli_configs/studies/figure_1a.yaml"]).name == "figure_1a"

@@ -1,0 +1,132 @@
+"""What a study's figure says in words: what is drawn, on how many seeds, what was left out, what the paper reports."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+
+from ntk_lightning.scaling.exponents import exponents
+from ntk_lightning.scaling.parting import timed_pairs
+from ntk_lightning.scaling.results import StudyResults
+from ntk_lightning.scaling.series import Quantity, study_series
+
+__all__ = ["html_text", "interval_text", "plain_text", "study_caption"]
+
+
+def study_caption(results: StudyResults, quantity: Quantity = "error") -> str:
+    """Write the caption of a study's figure; mathematics stands between dollar signs.
+
+    Args:
+        results: A study.
+        quantity: Test error or test loss.
+
+    Returns:
+        The study's own caption, then sentences on seeds, bars, fits, published exponents and everything left out.
+    """
+    figure, lines = results.config["figure"], study_series(results, quantity)
+    sentences = [str(figure.get("caption") or "").strip()]
+    if results.config.get("scale"):
+        sentences.append(f"Configured scale: {results.config['scale']}.")
+    fits = "That of a network is its own at step $t$; every other" if results.axis == "t" else "Each"
+    sentences.append(f"{fits} test {quantity} is the lowest over the fit (optimal early stopping, an oracle).")
+    sentences.append(
+        _spread_sentence({len(line.at(x)) for line in lines for x in [*line.places, None] if line.at(x).size})
+    )
+    rows = exponents(results, quantity)
+    if rows:
+        of = f"test {quantity} ∝ ${results.axis}^{{-β}}$"
+        sentences.append(f"Dotted: fits of {of}, with 95% intervals (of the seeds; with one seed, of the residuals).")
+    published = figure.get("published") or {}
+    if published and quantity == "error":
+        values = "; ".join(f"{name} {beta:g}" for name, beta in published.items())
+        sentences.append(f"Exponents that the paper (arXiv 2206.10012) prints: {values}.")
+    sentences.append(
+        "Learning rates, momentum, batch sizes and numbers of samples are choices of this study, not known to be the "
+        "paper's."
+    )
+    sentences += [f"{str(pair)[0].upper()}{str(pair)[1:]}" for pair in timed_pairs(results, quantity)]
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        for note in row["notes"]:
+            notes.setdefault(note, []).append(row["series"])
+    sentences += [f"{'; '.join(names)}: {note}" for note, names in notes.items()]
+    return " ".join(sentence for sentence in [*sentences, *_left_out(results, quantity)] if sentence)
+
+
+def plain_text(text: str) -> str:
+    """Write a label without markup: "$K^F_{16k}(n)$" becomes "K^F_16k(n)".
+
+    Returns:
+        The text.
+    """
+    return re.sub(r"\$([^$]*)\$", lambda match: re.sub(r"[{}\\]", "", match[1]), text)
+
+
+def html_text(text: str) -> str:
+    """Write a label as HTML, with indices as such and everything else escaped.
+
+    Returns:
+        HTML.
+
+    Example:
+        >>> html_text("$K_{16k}(n)$ < 1")
+        '<i>K<sub>16k</sub>(n)</i> &lt; 1'
+    """
+
+    def mathematics(match: re.Match[str]) -> str:
+        inner = match[1]
+        for sign, tag in (("_", "sub"), (r"\^", "sup")):
+            inner = re.sub(sign + r"(?:{([^}]*)}|(.))", rf"<{tag}>\1\2</{tag}>", inner)
+        return f"<i>{inner}</i>"
+
+    return re.sub(r"\$([^$]*)\$", mathematics, html.escape(text))
+
+
+def interval_text(interval: tuple[float, float]) -> str:
+    """Write a confidence interval.
+
+    Returns:
+        Text such as "[0.25, 0.33]".
+    """
+    if not all(map(math.isfinite, interval)):
+        return "[no interval]"
+    return f"[{interval[0]:.2f}, {interval[1]:.2f}]"
+
+
+def _spread_sentence(counts: set[int]) -> str:
+    kinds = {
+        "none (one seed)": {c for c in counts if c == 1},
+        "the range of 2 seeds": {c for c in counts if c == 2},
+        "the standard error of the mean": {c for c in counts if c > 2},
+    }
+    low, high = min(counts), max(counts)
+    seeds = f"{low}" if low == high else f"{low} to {high}"
+    bars = "; ".join(kind for kind, found in kinds.items() if found)
+    return f"Means over {seeds} seed{'s' * (high > 1)}; bars or bands: {bars}."
+
+
+def _left_out(results: StudyResults, quantity: Quantity) -> list[str]:
+    """Say which fits have no value, and which diverged although they have one."""
+    sentences = []
+    empty: dict[str, list[str]] = {}
+    for line in study_series(results, quantity, keep_empty=True):
+        if line.left_out:
+            empty[line.label] = line.left_out
+    if empty:
+        which = "; ".join(
+            f"{name} at {', '.join(places[:4])}{' …' * (len(places) > 4)}" for name, places in empty.items()
+        )
+        count = sum(map(len, empty.values()))
+        sentences.append(f"Left out, because their test {quantity} is missing or not finite ({count}): {which}.")
+    diverged = [
+        row
+        for row in results.rows
+        if quantity == "error" and row["last_loss"] is not None and not math.isfinite(row["last_loss"])
+    ]
+    if diverged:
+        arms = ", ".join(sorted({row["arm"] for row in diverged}))
+        sentences.append(
+            f"Fits whose last test loss is not finite ({len(diverged)}; their best error is shown): {arms}."
+        )
+    return sentences

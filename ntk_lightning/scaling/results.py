@@ -1,0 +1,103 @@
+"""Result tables of studies, read back: one parquet file a study, one row a model fit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+__all__ = ["StudyResults", "read_results", "read_study"]
+
+AXES = ("n", "m", "t", "width")
+COLUMNS = (
+    *("arm", "model", "n", "m", "t", "width", "seed", "lr", "momentum", "batch_size", "full_batch", "epochs"),
+    *("optimal_error", "last_error", "optimal_loss", "last_loss", "network_error", "network_loss"),
+)
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """The results of one study.
+
+    Args:
+        config: The study's configuration: name, title, scale and what its figure shows.
+        rows: One a model fit, with the table's columns; errors in [0, 1].
+    """
+
+    config: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """The name, as in the file's."""
+        return str(self.config["name"])
+
+    @property
+    def title(self) -> str:
+        """The heading of its figures."""
+        return str(self.config.get("title") or self.name)
+
+    @property
+    def axis(self) -> str:
+        """The column on the figure's horizontal axis: n, m, t or width."""
+        return str(self.config["figure"]["x"])
+
+
+def read_study(path: str | Path) -> StudyResults:
+    """Read the table of one study.
+
+    Args:
+        path: A parquet file that a study has written.
+
+    Returns:
+        Its configuration and rows.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not the table of a study, or has no rows.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no table {path}: run the study first.")
+    try:
+        table = pq.read_table(path)
+        config = json.loads((table.schema.metadata or {})[b"study"])
+        problem = None if config["figure"]["x"] in AXES and config["name"] else f"its figure needs x in {AXES}"
+    except (pa.ArrowInvalid, KeyError, TypeError, json.JSONDecodeError):
+        raise ValueError(
+            f"{path} is not the table of a study (parquet with the study's configuration in its metadata): keep other "
+            "files out of the results folder."
+        ) from None
+    missing = [column for column in COLUMNS if column not in table.column_names]
+    if missing:
+        problem = f"it lacks the columns {missing}"
+    elif not table.num_rows:
+        problem = "it has no rows"
+    if problem:
+        raise ValueError(f"The table {path} cannot be drawn, {problem}: run the study again.")
+    return StudyResults(config, table.to_pylist())
+
+
+def read_results(folder: str | Path) -> list[StudyResults]:
+    """Read the tables of all studies in a folder.
+
+    Args:
+        folder: Where the studies wrote.
+
+    Returns:
+        The studies, by name of their files.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or no table in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no results folder {folder}: give the folder that a study wrote to.")
+    paths = sorted(folder.glob("*.parquet"))
+    if not paths:
+        raise FileNotFoundError(f"There are no tables (*.parquet) in {folder}: run a study first, with this folder.")
+    return [read_study(path) for path in paths]

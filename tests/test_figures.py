@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import study_tables as tables
+
+from ntk_lightning.scaling.captions import html_text, plain_text, study_caption
+from ntk_lightning.scaling.exponents import exponents, fit_series
+from ntk_lightning.scaling.parting import parting_step, timed_pairs
+from ntk_lightning.scaling.results import read_results, read_study
+from ntk_lightning.scaling.series import Quantity, study_series
+from ntk_lightning.scaling.study_figures import draw_study, figures
+
+
+@pytest.mark.parametrize(
+    ("make", "labels"),
+    [
+        (tables.scaling, ["network", "empirical NTK", "infinite NTK"]),
+        (
+            tables.after_kernels,
+            [
+                *("network", "$K_n(n)$", "$K_{16k}(n)$", "$K^F_{1k}(n)$", "$K^F_{16k}(n)$"),
+                *("$K^t$, t = 10", "$K^t$, t = 20 to 640"),
+            ],
+        ),
+        (tables.fresh_samples, ["network", "$K^F_m(n)$, n = 1k", "$K^F_m(n)$, n = 4k"]),
+        (tables.dynamics, ["network", "infinite NTK", "$K^t$"]),
+        (tables.widths, ["network", "empirical NTK", "infinite NTK"]),
+        (tables.orders, ["network, width 64", "network, width 128", "order 2", "order 3"]),
+    ],
+)
+def test_every_kind_of_study_has_its_lines_and_a_figure(tmp_path: Path, make, labels: list[str]) -> None:  # noqa: ANN001
+    study = read_study(make(tmp_path))
+    assert [line.label for line in study_series(study)] == labels
+    axes = draw_study(study).axes[0]
+    shown = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert all(any(text.startswith(label) for text in shown) for label in labels)
+    assert axes.get_yscale() == "log"
+
+
+def test_exponents_are_those_of_the_made_up_laws(tmp_path: Path) -> None:
+    rows = exponents(read_study(tables.scaling(tmp_path, seeds=6)))
+    assert [row["beta"] for row in rows] == pytest.approx([0.29, 0.19, 0.2], abs=0.02)
+    assert [row["published"] for row in rows] == [0.291, 0.178, 0.195]
+    assert rows[0]["p_value"] is None
+    assert rows[1]["paired"]
+    assert rows[1]["p_value"] < 0.01
+    assert rows[0]["sizes"] == list(tables.SIZES)
+    assert all(low < row["beta"] < high for row in rows for low, high in [row["interval"]])
+    losses = exponents(read_study(tmp_path / "figure_1a.parquet"), "loss")
+    assert [row["published"] for row in losses] == [None] * 3
+
+
+def test_published_exponents_are_found_by_label_and_never_said_to_share_hyperparameters(tmp_path: Path) -> None:
+    study = read_study(tables.after_kernels(tmp_path))
+    assert [row["published"] for row in exponents(study)][:3] == [0.291, 0.28, None]
+    caption = study_caption(study)
+    assert "not known to be the paper's" in caption
+    assert "the range of 2 seeds" in caption
+    assert "Exponents that the paper" not in study_caption(study, "loss")
+
+
+def test_warnings_of_fits_are_in_the_caption_and_not_raised(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    rows = [tables.row("network", tables.law(1.9, 0.3, n), n=n) for n in (1000, 2000, 4000)]
+    study = read_study(tables.write(tmp_path, "short", "n", rows))
+    assert "A power law fitted to 3 sizes is weak evidence" in study_caption(study)
+    assert not recwarn.list
+
+
+def test_one_size_or_errors_of_zero_have_no_fit_but_a_note(tmp_path: Path) -> None:
+    rows = [tables.row("network", 0.2, n=1000)] + [tables.row("infinite", 0.0, n=n) for n in tables.SIZES]
+    study = read_study(tables.write(tmp_path, "bare", "n", rows))
+    assert [row["beta"] for row in exponents(study)] == [None, None]
+    assert "needs 2 or more sizes" in study_caption(study)
+    assert "0 of 6 sizes have a positive error" in study_caption(study)
+    draw_study(study).draw_without_rendering()
+
+
+def test_diverged_fits_are_left_out_of_losses_and_named(tmp_path: Path) -> None:
+    study = read_study(tables.orders(tmp_path))
+    by_label = {row["series"]: row["sizes"] for row in exponents(study, "loss")}
+    assert by_label["order 3"] == [n for n in tables.SIZES if n != 2000]
+    assert by_label["order 2"] == list(tables.SIZES)
+    assert "not finite (1): order 3 at n = 2000, seed 0" in study_caption(study, "loss")
+    assert "last test loss is not finite (1; their best error is shown): order 3" in study_caption(study)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "seeds", "sizes"),
+    [
+        ([(2, 16000)], (0, 1, 2), 5),
+        ([(2, 4000), (2, 8000), (2, 16000)], (0, 1), 6),
+        ([(0, 500), (1, 500), (2, 500)], (0, 1, 2), 5),
+    ],
+)
+def test_a_fit_uses_a_full_table_of_seeds_and_sizes(tmp_path: Path, lacking, seeds, sizes: int) -> None:  # noqa: ANN001
+    rows = [
+        tables.row("network", tables.law(1.9, 0.3, n, seed), n=n, seed=seed)
+        for n in tables.SIZES
+        for seed in range(3)
+        if (seed, n) not in lacking
+    ]
+    fitted = fit_series(read_study(tables.write(tmp_path, "gaps", "n", rows)))[0]
+    assert (fitted.seeds, len(fitted.fit.n)) == (seeds, sizes)
+    assert ("leaves out" in " ".join(fitted.notes)) == (len(fitted.series.places) == 6)
+
+
+def test_hyperparameters_that_an_arm_varies_make_lines(tmp_path: Path) -> None:
+    rows = [
+        tables.row(model, 0.3, arm=arm, lr=lr, momentum=momentum)
+        for model, arm, momentum in (("network", "network, momentum 0.9", 0.9), ("empirical", "empirical NTK", 0.0))
+        for lr in (1.0, 0.25)
+    ]
+    labels = [line.label for line in study_series(read_study(tables.write(tmp_path, "settings", "n", rows)))]
+    assert labels == [
+        *("network, momentum 0.9, lr 0.25", "network, momentum 0.9, lr 1"),
+        *("empirical NTK, lr 0.25", "empirical NTK, lr 1"),
+    ]
+
+
+def test_the_final_step_of_an_after_kernel_is_not_a_time_on_the_axis(tmp_path: Path) -> None:
+    rows = [tables.row("after-kernel", 0.2, m=1000, t=t, seed=seed) for seed, t in enumerate((2000, 1900))]
+    during = [tables.row("kernel during training", 0.3, t=t, network_error=0.3) for t in (0, 10)]
+    study = read_study(tables.write(tmp_path, "after", "t", [*rows, *during]))
+    assert [line.places for line in study_series(study)] == [[], [0, 10]]
+    assert len(timed_pairs(study)) == 1
+    rows += [tables.row("after-kernel", 0.1, n=2000, m=2000, t=4000, seed=seed) for seed in (0, 1)]
+    [line] = study_series(read_study(tables.write(tmp_path, "after", "n", rows)))
+    assert (line.label, line.places, line.at(1000).size) == ("$K_n(n)$", [1000, 2000], 2)
+
+
+def test_two_fits_at_one_place_are_an_error(tmp_path: Path) -> None:
+    rows = [tables.row("network", 0.2), tables.row("network", 0.3)]
+    with pytest.raises(ValueError, match="network has two fits at n = 1000 with seed 0"):
+        study_series(read_study(tables.write(tmp_path, "twice", "n", rows)))
+
+
+def test_lines_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    rows = [tables.row("after-kernel", 0.2, m=1000, arm=arm) for arm in ("lr 1", "lr 3")]
+    rows += [tables.row(model, 0.3, arm="default") for model in ("network", "infinite")]
+    labels = [line.label for line in study_series(read_study(tables.write(tmp_path, "same", "n", rows)))]
+    assert labels == ["default (network)", "default (infinite)", "$K_n(n)$ (lr 1)", "$K_n(n)$ (lr 3)"]
+
+
+@pytest.mark.parametrize(
+    ("network", "kernel", "expected"),
+    [
+        ([0.5, 0.3, 0.2, 0.1], [0.3, 0.29, 0.2, 0.15], 10),  # behind at first, together, ahead
+        ([0.5, 0.3, 0.2, 0.1], [0.5, 0.3, 0.2, 0.1], 100),
+        ([0.5, 0.5, 0.5, 0.5], [0.3, 0.3, 0.3, 0.3], 100),  # never ahead
+        ([0.2, 0.2, 0.2, 0.2], [0.3, 0.3, 0.3, 0.3], None),  # ahead at once
+        ([0.5, 0.1, 0.3, 0.1], [0.5, 0.2, 0.3, 0.3], 0),  # what comes back does not matter
+        ([0.2, 0.2, 0.0, 0.0], [0.2, 0.2, 0.0, 0.1], 10),
+        ([0.1, 0.1, 0.1, 0.1], [0.1, 0.1 / 0.91, 0.1 / 0.89, 0.2], 1),
+    ],
+)
+def test_parting_step(network: list[float], kernel: list[float], expected: int | None) -> None:
+    assert parting_step([0, 1, 10, 100], network, kernel) == expected
+
+
+@pytest.mark.parametrize("quantity", ["error", "loss"])
+def test_the_figure_over_time_marks_where_network_and_kernel_part(tmp_path: Path, quantity: Quantity) -> None:
+    study = read_study(tables.dynamics(tmp_path))
+    [pair] = timed_pairs(study, quantity)
+    assert pair.parting == 100
+    axes = draw_study(study, quantity).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["they part after t = 100"]
+    shown = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert shown[2:] == ["network", "$K^t$ fitted on n = 4k", "$K^0$, trained by the same steps"]
+    assert "Network and $K^0$ part after t = 100" in study_caption(study, quantity)
+
+
+def test_a_model_without_width_is_a_band(tmp_path: Path) -> None:
+    study = read_study(tables.widths(tmp_path))
+    infinite = study_series(study)[-1]
+    axes = draw_study(study).axes[0]
+    level = next(line for line in axes.lines if line.get_linestyle() == "--")
+    assert level.get_ydata()[0] == pytest.approx(infinite.at(None).mean())
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["16", "32", "64", "128", "256"]
+
+
+def test_nothing_is_cut_off_and_no_ticks_overlap(tmp_path: Path) -> None:
+    for study in read_results(tables.all_kinds(tmp_path)):
+        figure = draw_study(study)
+        figure.draw_without_rendering()
+        box, axes = figure.bbox, figure.axes[0]
+        for artist in (axes.get_legend(), axes.title, *figure.texts, figure._supxlabel):
+            extent = artist.get_window_extent()
+            assert extent.x0 >= 0, (study.name, artist)
+            assert extent.y0 >= 0, (study.name, artist)
+            assert extent.x1 <= box.x1, (study.name, artist)
+        low, high = axes.get_ylim()
+        extents = [
+            tick.label1.get_window_extent() for tick in axes.yaxis.get_major_ticks() if low <= tick.get_loc() <= high
+        ]
+        assert len(extents) >= 2
+        assert not any(a.overlaps(b) for i, a in enumerate(extents) for b in extents[:i]), study.name
+
+
+def test_figures_writes_two_pictures_a_study_and_prints_exponents(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables.scaling(tmp_path)
+    tables.dynamics(tmp_path)
+    paths = figures(str(tmp_path), str(tmp_path / "pictures"), "svg")
+    names = ["figure_1a.svg", "figure_1a_loss.svg", "figure_1c.svg", "figure_1c_loss.svg"]
+    assert [path.name for path in paths] == names
+    assert all("<svg" in path.read_text()[:1000] for path in paths)
+    printed = capsys.readouterr().out
+    assert "exponents of the test loss" in printed
+    assert "0.178" in printed
+    assert "network and K^0 part after t = 100" in printed
+    assert all(str(path) in printed for path in paths)
+
+
+def test_a_study_without_losses_has_a_figure_of_errors_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [tables.row("network", 0.2 / n, arm="net [a]", n=n, optimal_loss=None) for n in (1, 2)]
+    tables.write(tmp_path, "bare", "n", [*rows, tables.row("infinite", 0.3, n=2)])
+    rows = [tables.row("network", 0.2, n=n, optimal_loss=None) for n in tables.SIZES]
+    study = read_study(tables.write(tmp_path, "silent", "n", rows))
+    with pytest.raises(ValueError, match="no finite test loss to draw"):
+        draw_study(study, "loss")
+    paths = figures(str(tmp_path))
+    assert [path.name for path in paths] == ["bare.png", "bare_loss.png", "silent.png"]
+    printed = capsys.readouterr().out
+    assert "silent: no finite test loss, so no figure of it." in printed
+    assert "net [a]" in printed  # no markup
+    assert "[no interval]" in printed
+
+
+def test_folders_and_files_that_are_not_results_are_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no results folder"):
+        read_results(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="no tables"):
+        read_results(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no table"):
+        read_study(tmp_path / "nothing.parquet")
+    other = tmp_path / "other.parquet"
+    pq.write_table(pa.table({"x": [1]}), other)
+    with pytest.raises(ValueError, match=r"other.parquet is not the table of a study"):
+        read_results(tmp_path)
+    other.write_text("not parquet")
+    with pytest.raises(ValueError, match="is not the table of a study"):
+        read_study(other)
+    with pytest.raises(ValueError, match="lacks the columns"):
+        read_study(tables.write(tmp_path, "other", "n", [{"arm": "a"}]))
+    with pytest.raises(ValueError, match="its figure needs x in"):
+        read_study(tables.write(tmp_path, "other", "z", [tables.row("network", 0.2)]))
+
+
+def test_labels_as_text_and_html() -> None:
+    assert plain_text("$K^F_{16k}(n)$, n = 1") == "K^F_16k(n), n = 1"
+    assert html_text("$K^F_{16k}(n)$ <b>") == "<i>K<sup>F</sup><sub>16k</sub>(n)</i> &lt;b&gt;"
