@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from studies import tiny as tiny_study
 from test_cli import tiny
 
 import ntk_lightning
@@ -20,8 +21,8 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def runs() -> list[list[str]]:
-    commands = re.findall(r"python -m ntk_lightning (.+)", "\n".join(blocks("bash")))
+def runs(*names: str) -> list[list[str]]:
+    commands = re.findall(rf"python -m ntk_lightning ((?:{'|'.join(names)}) .+)", "\n".join(blocks("bash")))
     assert len(commands) >= 3
     return [shlex.split(command) for command in commands]
 
@@ -35,11 +36,24 @@ def test_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert 0.2 < names["law"].beta < 0.5  # type: ignore[attr-defined]  # a PowerLawFit
 
 
-@pytest.mark.parametrize("arguments", runs(), ids=" ".join)
+@pytest.mark.parametrize("arguments", runs("fit"), ids=" ".join)
 def test_commands_run(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     main([*arguments, f"--config={tiny(tmp_path)}", f"--trainer.default_root_dir={tmp_path}"])
     assert (tmp_path / "comparison.csv").exists()
+
+
+def test_study_its_figures_and_its_report_follow_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cli_configs").symlink_to(ROOT / "cli_configs")
+    study, figures, report = runs("study", "figures", "report")
+    overlay = tiny_study(ROOT / "cli_configs" / "studies" / "figure_1a.yaml", tmp_path)
+    main([*study, "--config", str(overlay)])
+    main(figures)
+    main(report)
+    assert {"figure_1a.parquet", "figure_1a.png", "figure_1a_loss.png", "report.html"} <= {
+        path.name for path in (tmp_path / "runs" / "studies" / "small").iterdir()
+    }
 
 
 def test_setup_takes_two_commands_and_ci_runs_the_second() -> None:

@@ -1,0 +1,235 @@
+"""The documentation is true: its code and commands run, its numbers are the benchmarks', its site builds."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed.run import get_args_parser
+
+from ntk_lightning.cli import main
+from ntk_lightning.scaling.cells import read_config
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+TINY = {command: DOCS / "tiny" / f"{command}.yaml" for command in ("fit", "study")}
+BLOCK = re.compile(
+    r'(?:^<!-- not run: (?P<reason>[^\n]+?) -->\n)?^```(?P<language>\w*)(?: title="(?P<title>[^"]+)")?\n'
+    r"(?P<code>.*?)^```$",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    code: str
+    title: str | None
+    reason: str | None
+
+    @property
+    def commands(self) -> list[list[str]]:
+        lines = self.code.replace("\\\n", " ").splitlines()
+        found = [shlex.split(line, comments=True) for line in lines]
+        return [[word for word in words if not re.match(r"[A-Z_]+=", word)] for words in found if words]
+
+
+def blocks(page: Path) -> list[Block]:
+    return [Block(**match.groupdict()) for match in BLOCK.finditer(page.read_text())]
+
+
+PAGES = {str(page.relative_to(DOCS)): blocks(page) for page in sorted(DOCS.rglob("*.md"))}
+WITH_BLOCKS = {name: found for name, found in PAGES.items() if found}
+
+
+def run_command(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a command as shown; a fit or a study with the tiny overlay appended."""
+    match command:
+        case ["python", "-m", "ntk_lightning", *arguments] if "--help" in arguments:
+            with pytest.raises(SystemExit) as end:
+                main(arguments)
+            assert end.value.code == 0
+        case ["python", "-m", "ntk_lightning", name, *arguments]:
+            main([name, *arguments, *(["--config", str(TINY[name])] if name in TINY else [])])
+        case ["python", file, *arguments]:
+            monkeypatch.setattr(sys, "argv", [file, *arguments])
+            runpy.run_path(file, run_name="__main__")
+        case _:
+            pytest.fail(f"No way to run {shlex.join(command)}: mark its block <!-- not run: REASON -->.")
+
+
+def check_command(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that a command which is not run would be understood."""
+    match command:
+        case ["python", "-m", "ntk_lightning", "fit", *arguments]:
+            with pytest.raises(SystemExit) as end:
+                main(["fit", *arguments, "--print_config"])
+            assert end.value.code == 0
+        case ["python", "-m", "ntk_lightning", ("study" | "figures" | "report") as name, *arguments]:
+            called: list[dict[str, Any]] = []
+            module = {"study": "study", "figures": "study_figures", "report": "report"}[name]
+            monkeypatch.setattr(f"ntk_lightning.scaling.{module}.{name}", lambda **options: called.append(options))
+            main([name, *arguments])
+            if name == "study":
+                assert read_config(called[0]["config"], called[0]["scale"]).cells()
+        case ["python", file, *arguments]:
+            source = (ROOT / file).read_text()
+            assert all(f'"{word}"' in source for word in arguments if word.startswith("--"))
+        case ["torchrun", *arguments]:
+            parsed = get_args_parser().parse_args(arguments)
+            prefix = ["python", "-m"] if parsed.module else ["python"]
+            check_command([*prefix, parsed.training_script, *parsed.training_script_args], monkeypatch)
+        case ["pip", "install", *what]:
+            extras = {extra for word in what for extra in re.findall(r"\[([\w,]+)\]", word)}
+            known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+            assert {name for extra in extras for name in extra.split(",")} <= set(known)
+        case ["ray", name, *arguments]:
+            scripts = pytest.importorskip("ray.scripts.scripts")
+            known = {option for parameter in scripts.cli.commands[name].params for option in parameter.opts}
+            assert {word.split("=")[0] for word in arguments if word.startswith("--")} <= known
+        case ["sbatch", file]:
+            assert (ROOT / file).read_text().startswith("#!")
+        case ["wandb", "login"]:
+            pass
+        case _:
+            pytest.fail(f"No way to check {shlex.join(command)}.")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_is_run_or_says_why_not(page: str) -> None:
+    text = (DOCS / page).read_text()
+    assert 2 * len(PAGES[page]) == len(re.findall(r"^\s*```", text, re.MULTILINE)), "a fence that the test does not see"
+    assert len(re.findall("<!-- not run", text)) == sum(block.reason is not None for block in PAGES[page])
+    for block in PAGES[page]:
+        assert block.language in ("python", "bash", "yaml", "text"), block
+        assert block.language != "yaml" or block.title, "YAML is written to the file that its title names"
+        others = "".join(other.code for other in PAGES[page] if other is not block)
+        assert block.title is None or Path(block.title).stem in others, f"nothing uses {block.title}"
+
+
+@pytest.mark.parametrize("page", WITH_BLOCKS)
+def test_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for folder in ("cli_configs", "benchmarks"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    names: dict[str, object] = {"__name__": "__main__"}
+    for number, block in enumerate(WITH_BLOCKS[page]):
+        if block.title is not None:
+            Path(block.title).write_text(block.code)
+        elif block.language == "python" and block.reason is None:
+            exec(compile(block.code, f"{page}, block {number}", "exec"), names)
+        elif block.language == "python":
+            compile(block.code, f"{page}, block {number}", "exec")
+        elif block.language == "bash":
+            for command in block.commands:
+                with monkeypatch.context() as patch:
+                    (run_command if block.reason is None else check_command)(command, patch)
+
+
+def test_how_many_blocks_run() -> None:
+    code = [block for found in PAGES.values() for block in found if block.language != "text"]
+    assert sum(block.reason is None for block in code) >= 30
+    assert sum(block.reason is not None for block in code) <= len(code) / 3
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("material", reason="the site needs the extra `docs`")
+    folder = tmp_path_factory.mktemp("site")
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # of the theme, about a future release of MkDocs
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "WARNING" not in run.stderr
+    return folder
+
+
+def html(site: Path, page: str) -> str:
+    path = site / page.removesuffix(".md") / "index.html" if not page.endswith("index.md") else site / "index.html"
+    return path.read_text()
+
+
+def test_site_has_every_page_and_asks_no_other_host(site: Path) -> None:
+    for page in PAGES:
+        text = html(site, page)
+        loaded = re.findall(r'<(?:script|img|source|iframe)[^>]*\bsrc="(?:https?:)?//([^"]+)', text)
+        loaded += re.findall(
+            r'<link[^>]*\brel="(?:stylesheet|preconnect|preload)"[^>]*\bhref="(?:https?:)?//([^"]+)', text
+        )
+        assert not loaded, f"{page} loads {loaded}"
+        assert not re.search(r":(?:class|func|meth|mod):`", text), f"{page} shows a role that is not rendered"
+
+
+def test_formulas_are_mathml(site: Path) -> None:
+    text = html(site, "mathematics.md")
+    source = re.sub(r"```.*?```", "", (DOCS / "mathematics.md").read_text(), flags=re.DOTALL)
+    formulas = re.findall(r"\$\$.+?\$\$|\$[^$]+?\$", source, re.DOTALL)
+    assert text.count("<math") == len(formulas) > 100
+    assert "arithmatex" not in text
+    assert not re.search(r"<mi>\\|<mi>&</mi>|<mtext>\\", text), "TeX that was not understood"
+
+
+def test_public_names_are_in_the_reference(site: Path) -> None:
+    for package in ("networks", "kernels", "modules", "solvers", "callbacks", "datamodules", "scaling"):
+        text = html(site, f"api/{package}.md")
+        for name in __import__(f"ntk_lightning.{package}", fromlist=["*"]).__all__:
+            assert re.search(rf'id="ntk_lightning\.{package}(\.\w+)?\.{name}"', text), name
+
+
+def rows(text: str) -> list[list[str]]:
+    found = re.findall(r"<tr>(.*?)</tr>", text, re.DOTALL)
+    return [[re.sub("<[^>]+>", "", cell).strip() for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)] for row in found]
+
+
+@cache
+def results(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    return content
+
+
+def test_performance_page_has_the_numbers_of_the_benchmarks(site: Path) -> None:
+    shown = rows(html(site, "performance.md"))
+    for row in results("infinite_ntk_cpu")["speed"]:
+        (line,) = [cells for cells in shown if cells and cells[0] == row["network"] and len(cells) == 5]
+        expected = [row[key] for key in ("pairs_per_s", "neural_tangents_pairs_per_s", "ratio", "ratio_per_core")]
+        assert [float(cell) for cell in line[1:]] == pytest.approx(expected, rel=5e-3)
+    for part in ("speed", "taylor"):
+        for name, seconds in results("empirical_ntk_cpu")[part]["seconds"].items():
+            (line,) = [cells for cells in shown if cells and cells[0] == name]
+            assert float(line[1]) == pytest.approx(min(seconds), rel=0.06)
+    for part in ("gram", "product"):
+        ratio = f"{results('other_libraries_cpu')[part]['ratio']:.2f}"
+        assert any(len(cells) == 6 and cells[4] == ratio for cells in shown)
+    for picture in ("infinite", "empirical"):
+        assert (site / "performance" / f"{picture}.svg").read_text().endswith("</svg>\n")
+
+
+def test_comparison_stands_in_the_readme_with_the_numbers_of_the_benchmarks() -> None:
+    table = re.search(r"<!-- comparison -->\n(.*?)\n\n", (DOCS / "comparison.md").read_text() + "\n\n", re.DOTALL)
+    assert table is not None
+    assert table[1] in (ROOT / "README.md").read_text()
+    seconds = {name: min(values) for name, values in results("empirical_ntk_cpu")["speed"]["seconds"].items()}
+    measured = {
+        f"{results('infinite_ntk_cpu')['speed'][0]['ratio']:.0f}x",
+        *(
+            f"{seconds[name] / seconds['EmpiricalNTK']:.1f}x"
+            for name in seconds
+            if name.startswith(("jacrev", "neural"))
+        ),
+        f"{results('other_libraries_cpu')['gram']['ratio']:.1f}x",
+        f"{results('other_libraries_cpu')['product']['ratio']:.2f}x",
+    }
+    assert set(re.findall(r"\b[\d.]+x(?= its speed)", table[1])) == measured
