@@ -10,7 +10,6 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ from torch import Tensor
 from ntk_lightning.objective import check_labels
 from ntk_lightning.optim import OptimizerConfig
 
-__all__ = ["Batch", "BatchLoader", "ImageDataModule", "Samples", "samples_of"]
+__all__ = ["Batch", "BatchLoader", "ImageDataModule", "Samples", "check_size", "has_set", "samples_of"]
 
 
 _CHUNK = 1024  # images that are normalized at a time, in float64
@@ -112,9 +111,11 @@ class BatchLoader:
     def __iter__(self) -> Iterator[Batch]:
         (epoch, given), self._resume_at = self._resume_at, (0, 0)
         start = given if epoch == self._epoch else 0
-        for number, whole in enumerate(islice(self.sampler, start, None), start):
+        batches = tuple(self.sampler)
+        order = torch.cat(batches).to(self.samples.x.device)  # once an epoch: a step copies nothing to the device
+        wholes = order.split([len(batch) for batch in batches])
+        for number, whole in enumerate(wholes[start:], start):
             self._given = number + 1
-            whole = whole.to(self.samples.x.device)
             index = whole[self.rank :: self.world_size]
             yield Batch(self._images(whole, number), self.samples.y[index], index, len(whole))
 
@@ -185,21 +186,18 @@ class ImageDataModule(LightningDataModule, ABC):
         super().__init__()
         self.n_train, self.n_test, self.n_val = n_train, n_test, n_val
         self.n_statistics = n_train if n_statistics is None else n_statistics
-        self.n_fresh = n_train if fresh is True else int(fresh)
         for name, value, least in (
             ("n_train", n_train, 1),
             ("n_test", n_test, 1),
             ("n_val", n_val, 0),
-            ("fresh", self.n_fresh, 0),
+            ("fresh", fresh, 0),
             ("subset_seed", subset_seed, 0),
             ("n_statistics", n_statistics, 1),
             ("batch_size", batch_size, 1),
             ("eval_batch_size", eval_batch_size, 1),
         ):
-            if value is not None and not isinstance(value, int):
-                raise TypeError(f"{name} must be a whole number, got {value!r}.")
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}.")
+            check_size(name, value, least)
+        self.n_fresh = n_train if fresh is True else int(fresh)
         self.subset_seed, self.batch_size, self.eval_batch_size = subset_seed, batch_size, eval_batch_size
         self.transform = transform
         self.train_set: Samples | None = None
@@ -225,12 +223,18 @@ class ImageDataModule(LightningDataModule, ABC):
             stage: Ignored: every stage needs the training subset's statistics.
 
         Raises:
-            ValueError: More samples are asked for than there are, a label is not -1 or +1, an image is not finite, or a
-                channel of the images that the normalization is taken from is constant.
+            ValueError: More samples are asked for than there are, the training pool has one class only, the two pools
+                have images of different shapes, a label is not -1 or +1, an image is not finite, or a channel of the
+                images that the normalization is taken from is constant.
         """
         if self.train_set is not None:
             return
         pool, test = self.load(train=True), self.load(train=False)
+        shape, other = tuple(pool.x.shape[1:]), tuple(test.x.shape[1:])
+        if not shape or shape != other:
+            raise ValueError(
+                f"Training images of shape {shape} and test images of shape {other}: both must be (C, H, W), the same."
+            )
         needed = self.n_train + self.n_val + self.n_fresh
         for name, asked, have in (
             ("n_train + n_val + fresh", needed, len(pool)),
@@ -239,6 +243,11 @@ class ImageDataModule(LightningDataModule, ABC):
         ):
             if asked > have:
                 raise ValueError(f"{name} = {asked}, but {type(self).__name__} has {have} such samples: ask for fewer.")
+        if (pool.y == pool.y[0]).all():
+            raise ValueError(
+                f"All {len(pool)} samples of the training pool of {type(self).__name__} have the label "
+                f"{pool.y[0].item():g}: give samples of both classes."
+            )
         order = _permutation(self.subset_seed, len(pool))
         mean, spread = _statistics(_take(pool, order[: self.n_statistics]).x)
         if not (spread > 1e-9 * mean.abs()).all():  # to rounding
@@ -329,13 +338,49 @@ def samples_of(trainer: Trainer, split: str) -> Samples:
     Raises:
         TypeError: The data module has no such set.
     """
-    found = getattr(getattr(trainer, "datamodule", None), f"{split}_set", None)
-    if not isinstance(found, Samples):
+    found = _find_set(trainer, split)
+    if found is None:
         raise TypeError(
             f"A kernel needs the whole {split} set: fit with a data module of ntk_lightning.datamodules that has one "
             "(TensorData takes your own tensors; n_val and fresh make the val and fresh sets)."
         )
     return found
+
+
+def has_set(trainer: Trainer, split: str) -> bool:
+    """Tell whether :func:`samples_of` finds a data set.
+
+    Args:
+        trainer: Of the run, set up.
+        split: "train", "test", "val" or "fresh".
+
+    Returns:
+        True if the run's data module keeps one.
+    """
+    return _find_set(trainer, split) is not None
+
+
+def check_size(name: str, value: object, least: int) -> None:
+    """Check an argument that counts something; None is what is chosen by default.
+
+    Args:
+        name: Of the argument.
+        value: What was given.
+        least: The smallest size allowed.
+
+    Raises:
+        TypeError: It is no whole number.
+        ValueError: It is too small.
+    """
+    if value is not None and not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}.")
+    if value is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def _find_set(trainer: Trainer, split: str) -> Samples | None:
+    found = getattr(getattr(trainer, "datamodule", None), f"{split}_set", None)
+    return found if isinstance(found, Samples) else None
 
 
 def _present(samples: Samples | None) -> Samples:

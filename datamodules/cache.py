@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["cache_folder", "writing"]
+from filelock import FileLock
+
+__all__ = ["cache_folder", "locked", "writing"]
 
 
 def cache_folder() -> Path:
@@ -42,3 +44,23 @@ def writing(path: Path) -> Iterator[None]:
             f"Cannot write {path}: {error.strerror or error}. Make room there or choose another cache folder; what is "
             "finished is kept and the next run goes on from it",
         ) from error
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let one process at a time run the body.
+
+    Args:
+        path: What the body writes; its folder is made, and ``<path>.lock`` in it.
+
+    Yields:
+        Nothing.
+    """
+    lock = FileLock(f"{path}.lock")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

@@ -28,14 +28,14 @@ class CIFAR10Binary(ImageDataModule):
 
     Raises:
         FileNotFoundError: ``path`` has no such parquet files.
-        ValueError: The classes are equal, or a file is damaged.
+        ValueError: The classes are not two different numbers from 0 to 9, or a file is damaged.
     """
 
     def __init__(self, path: str | None = None, classes: tuple[int, int] = (5, 7), **kwargs: Any) -> None:  # noqa: ANN401 - passed on
         super().__init__(**kwargs)
-        if len(set(classes)) != 2:
-            raise ValueError(f"classes must be two different class numbers, got {classes}.")
-        self.path = None if path is None else Path(path)
+        if len(set(classes)) != 2 or not set(classes) <= set(range(10)):
+            raise ValueError(f"classes must be two different class numbers from 0 to 9, got {classes}.")
+        self.path = None if path is None else Path(path).expanduser()
         self.classes = classes
         if self.path is not None:
             for split in ("train", "test"):

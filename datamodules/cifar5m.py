@@ -14,7 +14,7 @@ from numpy.lib import format as npy_format
 
 from ntk_lightning.datamodules.base import ImageDataModule, Samples
 from ntk_lightning.datamodules.cache import cache_folder
-from ntk_lightning.datamodules.download import download
+from ntk_lightning.datamodules.download import delete_temporary, download_temporary
 from ntk_lightning.datamodules.image_file import SHAPE, SIZE, ImageFile, key_of_files
 from ntk_lightning.progress import progress_bar
 
@@ -33,7 +33,7 @@ class CIFAR5mBinary(ImageDataModule):
     go to the cache (about 3.7 GB) and are mapped into memory from there, so that only those of the chosen subsets are
     read. A killed preparation goes on with the part, or the byte of a download, at which it stopped.
 
-    No checksum of the parts has been published: a download is checked by its length, and the CRC-32 that the archive
+    A download is checked by its length and, where the server sends one, its MD5 checksum; the CRC-32 that the archive
     carries of each array is checked while that is read. Pickled arrays are refused, and nothing is unpacked.
 
     Args:
@@ -42,7 +42,8 @@ class CIFAR5mBinary(ImageDataModule):
         cache: Folder for downloads and filtered images; by default ``$NTK_LIGHTNING_CACHE`` or
             ``~/.cache/ntk_lightning``.
         classes: Class numbers, in the order of CIFAR-10, for the labels -1 and +1.
-        keep_downloads: Keep each downloaded part of 3 GB after it was filtered, to filter other classes out of it.
+        keep_downloads: Keep each downloaded part of 3 GB after it was filtered, to filter other classes out of it. A
+            part that was put into the cache by hand is kept in any case.
         url: Folder of the parts on the web.
         **kwargs: Those of :class:`~ntk_lightning.datamodules.ImageDataModule`.
 
@@ -81,10 +82,7 @@ class CIFAR5mBinary(ImageDataModule):
 
     def _prepared(self, split: str) -> ImageFile:
         parts = PARTS[split]
-        if self.path is None:
-            key = hashlib.sha256(self.url.encode()).hexdigest()[:12]
-        else:
-            key = key_of_files([self._local(self.path, part) for part in parts])
+        key = self._source if self.path is None else key_of_files([self._local(self.path, part) for part in parts])
         images = ImageFile(self.cache / "{}-{}-{}-{}".format(split, *self.classes, key))
         if images.holds(parts):
             return images
@@ -98,14 +96,19 @@ class CIFAR5mBinary(ImageDataModule):
         if self.path is not None:
             images.add(part, read_part(self._local(self.path, part), self.classes))
             return
-        file = download(f"{self.url}/{part}.npz", self.cache / f"{part}.npz")
+        file = self.cache / (f"{part}.npz" if self.url == URL else f"{part}-{self._source}.npz")
+        download_temporary(f"{self.url}/{part}.npz", file)
         try:
             images.add(part, read_part(file, self.classes))
         except ValueError:
-            file.unlink()
+            delete_temporary(file)
             raise
         if not self.keep_downloads:
-            file.unlink()
+            delete_temporary(file)
+
+    @property
+    def _source(self) -> str:
+        return hashlib.sha256(self.url.encode()).hexdigest()[:12]
 
     @staticmethod
     def _local(path: Path, part: str) -> Path:
@@ -157,7 +160,7 @@ def read_part(file: Path, classes: tuple[int, int]) -> Iterator[tuple[np.ndarray
                 raise ValueError("X is longer than its header says")
     except (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
-            f"{file} is not a whole part of CIFAR-5m ({error}): get it again and then run again, which goes on with it."
+            f"{file} is not a whole part of CIFAR-5m ({error}): delete it or get it again, and run again."
         ) from error
 
 

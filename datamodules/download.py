@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import binascii
 import errno
 import hashlib
 import http.client
@@ -16,12 +17,11 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
-from filelock import FileLock
-
-from ntk_lightning.datamodules.cache import writing
+from ntk_lightning.datamodules.cache import locked, writing
+from ntk_lightning.datamodules.image_file import key_of_files
 from ntk_lightning.progress import progress_bar
 
-__all__ = ["download"]
+__all__ = ["delete_temporary", "download", "download_temporary"]
 
 _CHUNK = 1 << 18  # bytes
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -51,7 +51,7 @@ def download(
     Args:
         url: An https address; http is allowed on this machine's own loopback address only, also after redirects.
         path: Where the file goes. A file that lies there already is checked, not replaced.
-        md5: Checksum in hexadecimal digits.
+        md5: Checksum in hexadecimal digits; by default the one that the server sends as ``x-goog-hash``, if it does.
         attempts: Failures in a row without a new byte before it gives up.
         backoff: Seconds before the second attempt, doubled for each one after it.
         timeout: Seconds without an answer that count as a failure.
@@ -67,25 +67,60 @@ def download(
     """
     _check_address(url)
     path = Path(path)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
+    with locked(path):
         if path.exists():
             if md5 is not None and (found := _md5(path)) != md5:
                 raise ValueError(f"{path} has the MD5 checksum {found} instead of {md5}: delete it and run again.")
             return path
         partial = path.with_name(f"{path.name}.partial")
         _fetch(url, partial, attempts, backoff, timeout, progress)
-        if md5 is not None and (found := _md5(partial)) != md5:
+        expected = md5 or _known_version(partial)[1]
+        if expected and (found := _md5(partial)) != expected:
             _discard(partial)
             raise ValueError(
-                f"{url} came with the MD5 checksum {found} instead of {md5} and was deleted: run again for a fresh "
-                f"copy, or put the right file at {path} by hand."
+                f"{url} came with the MD5 checksum {found} instead of {expected} and was deleted: run again for a "
+                f"fresh copy, or put the right file at {path} by hand."
             )
         with writing(path):
             partial.replace(path)
-            _validator_file(partial).unlink(missing_ok=True)
+            _version_file(partial).unlink(missing_ok=True)
     return path
+
+
+def download_temporary(url: str, path: Path, md5: str | None = None) -> Path:
+    """Download a file that :func:`delete_temporary` may delete, in this process or a later one.
+
+    Args:
+        url: As for :func:`download`.
+        path: As for :func:`download`; beside it a mark is kept that tells the download from a file put there by hand.
+        md5: As for :func:`download`.
+
+    Returns:
+        The path.
+    """
+    there = path.exists()
+    download(url, path, md5=md5)
+    if not there:
+        with writing(path):
+            _mark(path).write_text(key_of_files([path]))
+    return path
+
+
+def delete_temporary(path: Path) -> None:
+    """Delete a file, unless it was put there by hand.
+
+    Args:
+        path: As given to :func:`download_temporary`.
+    """
+    mark = _mark(path)
+    if mark.exists():
+        if mark.read_text() == key_of_files([path]):
+            path.unlink()
+        mark.unlink()
+
+
+def _mark(path: Path) -> Path:
+    return path.with_name(f"{path.name}.downloaded")
 
 
 def _fetch(url: str, partial: Path, attempts: int, backoff: float, timeout: float, progress: bool) -> None:
@@ -104,8 +139,7 @@ def _fetch(url: str, partial: Path, attempts: int, backoff: float, timeout: floa
 
 
 def _attempt(url: str, partial: Path, timeout: float, progress: bool) -> None:
-    stored = _validator_file(partial)
-    validator = stored.read_text() if stored.exists() else ""
+    validator = _known_version(partial)[0]
     offset = _size(partial) if validator else 0  # without one, the file on the server may be another by now
     request = urllib.request.Request(url)
     if offset:
@@ -138,7 +172,7 @@ def _attempt(url: str, partial: Path, timeout: float, progress: bool) -> None:
                 raise _InterruptedTransfer("the server sent an empty file, or did not say how long it is")
             with writing(partial):
                 partial.write_bytes(b"")
-                stored.write_text(now)
+                _version_file(partial).write_text(f"{now}\n{_published_md5(reply.headers)}")
         with writing(partial):
             if (free := shutil.disk_usage(partial.parent).free) < total - offset:
                 needed = f"{(total - offset) / 2**20:,.1f} MiB needed, {free / 2**20:,.1f} MiB free"
@@ -153,7 +187,7 @@ def _attempt(url: str, partial: Path, timeout: float, progress: bool) -> None:
 def _receive(reply: http.client.HTTPResponse, partial: Path, length: int, advance: Callable[[float], None]) -> int:
     """Append at most ``length`` bytes of the body to the file; return how many came."""
     left = length
-    with partial.open("ab") as file:
+    with writing(partial), partial.open("ab") as file:  # closing it writes too
         while left:
             try:
                 data = reply.read1(min(_CHUNK, left))
@@ -161,13 +195,11 @@ def _receive(reply: http.client.HTTPResponse, partial: Path, length: int, advanc
                 raise _InterruptedTransfer(str(error) or repr(error)) from error
             if not data:
                 break
-            with writing(partial):
-                file.write(data)
+            file.write(data)
             left -= len(data)
             advance(len(data))
-        with writing(partial):
-            file.flush()
-            os.fsync(file.fileno())
+        file.flush()
+        os.fsync(file.fileno())
     return length - left
 
 
@@ -198,7 +230,23 @@ def _validator(headers: http.client.HTTPMessage) -> str:
     return headers.get("Last-Modified", "") if not etag or etag.startswith("W/") else etag
 
 
-def _validator_file(partial: Path) -> Path:
+def _published_md5(headers: http.client.HTTPMessage) -> str:
+    """The checksum in hexadecimal digits that Google's storage sends of a file as it lies there, or nothing."""
+    hashes = ",".join(headers.get_all("x-goog-hash", []))
+    found = re.search(r"\bmd5=([\w+/]{22}==)", hashes)
+    if found is None or headers.get("x-goog-stored-content-encoding", "identity") != "identity":
+        return ""
+    return binascii.a2b_base64(found[1]).hex()
+
+
+def _known_version(partial: Path) -> tuple[str, str]:
+    """Validator and checksum that came with the first bytes of a partial file; empty where there was none."""
+    stored = _version_file(partial)
+    validator, _, md5 = stored.read_text().partition("\n") if stored.exists() else ("", "", "")
+    return validator, md5
+
+
+def _version_file(partial: Path) -> Path:
     return partial.with_name(f"{partial.name}.version")
 
 
@@ -219,7 +267,7 @@ def _failure(url: str, partial: Path, reason: object) -> ConnectionError:
 
 
 def _discard(partial: Path) -> None:
-    _validator_file(partial).unlink(missing_ok=True)
+    _version_file(partial).unlink(missing_ok=True)
     partial.unlink(missing_ok=True)
 
 

@@ -29,5 +29,5 @@ class FashionMNISTBinary(ImageDataModule):
         """Read the embedded pool (see the base class)."""
         split = "train" if train else "test"
         file = Path(__file__).parent / "data" / f"fashion_mnist_pullover_coat_{split}.parquet"
-        samples = read_parquet([file], "image", (2, 4))
+        samples = read_parquet([file], "image", (2, 4), "L", 28)
         return Samples(F.pad(samples.x, (2, 2, 2, 2)), samples.y)

@@ -6,15 +6,15 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
-from filelock import FileLock
 
 from ntk_lightning.datamodules.base import Samples
-from ntk_lightning.datamodules.cache import writing
+from ntk_lightning.datamodules.cache import locked, writing
 
 __all__ = ["ImageFile", "key_of_files"]
 
@@ -59,11 +59,9 @@ class ImageFile:
         """Tell whether all of these pieces are finished."""
         return set(pieces) <= set(self.pieces)
 
-    def lock(self) -> FileLock:
+    def lock(self) -> AbstractContextManager[None]:
         """Make the lock to hold while pieces are added."""
-        with writing(self.stem):
-            self.stem.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(f"{self.stem}.lock")
+        return locked(self.stem)
 
     def add(self, piece: str, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
         """Append a piece; it is there as a whole or not at all.
@@ -83,12 +81,11 @@ class ImageFile:
                 if x.dtype != np.uint8 or x.shape != (len(y), *SHAPE):
                     raise ValueError(f"{piece}: {len(y)} labels need uint8 images {SHAPE}, got {x.dtype} {x.shape}.")
                 with writing(self._images):
-                    images.write(np.ascontiguousarray(x).data)
-                    labels.write(y.astype(np.int8).data)
+                    _write(images, x)
+                    _write(labels, y.astype(np.int8))
                 count += len(y)
             with writing(self._images):
                 for file in (images, labels):
-                    file.flush()
                     os.fsync(file.fileno())
         with writing(self._state):
             temporary = Path(f"{self._state}.partial")
@@ -115,10 +112,16 @@ class ImageFile:
         return Samples(torch.from_numpy(images).movedim(-1, 1), torch.from_numpy(labels))
 
     @staticmethod
-    def _open_at(path: Path, size: int) -> BinaryIO:
+    def _open_at(path: Path, size: int) -> FileIO:
         with writing(path):
             path.touch()
-            file = path.open("r+b")
+            file = path.open("r+b", buffering=0)  # nothing is left to be written, and to fail, when it is closed
             file.truncate(size)
             file.seek(size)
         return file
+
+
+def _write(file: FileIO, array: np.ndarray) -> None:
+    left = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    while left:
+        left = left[file.write(left) :]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +15,12 @@ from PIL import Image
 
 from ntk_lightning.datamodules.base import Samples
 
-__all__ = ["binary_labels", "column_names", "decode", "read_parquet"]
+__all__ = ["binary_labels", "check_schema", "column_names", "decode", "read_parquet", "reading"]
+
+_PICTURE_ERRORS = (  # what Pillow raises of damaged files
+    *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, struct.error),
+    Image.DecompressionBombError,
+)
 
 
 def binary_labels(labels: np.ndarray, classes: tuple[int, int]) -> torch.Tensor:
@@ -28,16 +36,66 @@ def binary_labels(labels: np.ndarray, classes: tuple[int, int]) -> torch.Tensor:
     return torch.from_numpy(np.where(labels == classes[1], 1.0, -1.0).astype(np.float32))
 
 
-def decode(encoded: Sequence[bytes]) -> np.ndarray:
-    """Decode pictures of equal size.
+def decode(
+    encoded: Sequence[bytes | None], file: Path, rows: Sequence[int], mode: str = "RGB", size: int = 32
+) -> np.ndarray:
+    """Decode square pictures.
 
     Args:
         encoded: n PNG or JPEG files.
+        file: Where they are from, for errors.
+        rows: Their n places in the file, counted from 0, for errors.
+        mode: "RGB" or "L", which pictures of another kind are converted to.
+        size: Height and width in pixels.
 
     Returns:
-        uint8 images (n, H, W) or (n, H, W, C).
+        uint8 images (n, size, size, 3) for "RGB" and (n, size, size) for "L".
+
+    Raises:
+        ValueError: A picture is missing, damaged or of another size.
     """
-    return np.stack([np.asarray(Image.open(io.BytesIO(picture))) for picture in encoded])
+    images = np.empty((len(encoded), size, size, *((3,) if mode == "RGB" else ())), np.uint8)
+    for image, picture, row in zip(images, encoded, rows, strict=True):
+        try:
+            with Image.open(io.BytesIO(picture or b"")) as opened:
+                width, height = opened.size
+                if width == height == size:
+                    image[:] = np.asarray(opened.convert(mode))
+        except _PICTURE_ERRORS as error:
+            raise ValueError(
+                f"{file}: the picture in row {row} cannot be read ({type(error).__name__}): get the file again, or "
+                "take the row out."
+            ) from error
+        if not width == height == size:
+            raise ValueError(
+                f"{file}: the picture in row {row} has {width}x{height} pixels: resize it to {size}x{size}, or take "
+                "the row out."
+            )
+    return images
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Say what to do when the body cannot read a parquet file.
+
+    Args:
+        file: The file.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    import pyarrow as pa  # here and below: modules need no parquet, and import this package too
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{file} is not a whole parquet file ({reason}): download it again, or take it out."
+        ) from error
 
 
 def column_names(file: Path) -> set[str]:
@@ -48,20 +106,44 @@ def column_names(file: Path) -> set[str]:
 
     Returns:
         The names.
-
-    Raises:
-        ValueError: The file is damaged.
     """
-    import pyarrow as pa  # here and below: modules need no parquet, and import this package too
     import pyarrow.parquet as pq
 
-    try:
+    with reading(file):
         return set(pq.read_schema(file).names)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{file} is not a whole parquet file: download it again, or take it out.") from error
 
 
-def read_parquet(files: Sequence[Path], image_column: str, classes: tuple[int, int]) -> Samples:
+def check_schema(file: Path, image_column: str) -> None:
+    """Check that a file has the schema of the hub.
+
+    Args:
+        file: Parquet file.
+        image_column: Name of the column of images: structs with ``bytes``, an encoded picture.
+
+    Raises:
+        ValueError: A column is missing or of another type.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with reading(file):
+        schema = pq.read_schema(file)
+    missing = {image_column, "label"} - set(schema.names)
+    if missing:
+        raise ValueError(f"{file} lacks the column(s) {sorted(missing)}: it is not in the expected hub schema.")
+    images, labels = schema.field(image_column).type, schema.field("label").type
+    if not (pa.types.is_struct(images) and images.get_field_index("bytes") >= 0 and _is_binary(images.field("bytes"))):
+        raise ValueError(
+            f"{file}: the column {image_column} is {images} instead of struct<bytes: binary, ...>: store encoded "
+            "pictures as the hub does."
+        )
+    if not pa.types.is_integer(labels):
+        raise ValueError(f"{file}: the column label is {labels} instead of an integer: store class numbers.")
+
+
+def read_parquet(
+    files: Sequence[Path], image_column: str, classes: tuple[int, int], mode: str = "RGB", size: int = 32
+) -> Samples:
     """Read the images of two classes.
 
     Args:
@@ -69,30 +151,41 @@ def read_parquet(files: Sequence[Path], image_column: str, classes: tuple[int, i
             ``label``.
         image_column: Name of the column of images.
         classes: Class numbers for the labels -1 and +1.
+        mode: "RGB" for images of three channels, "L" for one.
+        size: Height and width of the pictures in pixels.
 
     Returns:
-        uint8 images (n, C, H, W) and labels (n,), in the order of the files.
+        uint8 images (n, C, size, size) and labels (n,), in the order of the files.
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: A column is missing, or no row has one of the two classes.
+        ValueError: A file is damaged, a column is missing or of another type, a picture cannot be read, or no row has
+            one of the two classes.
     """
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    pictures: list[bytes] = []
+    images: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"No parquet file at {file}: check the path.")
-        missing = {image_column, "label"} - column_names(file)
-        if missing:
-            raise ValueError(f"{file} lacks the column(s) {sorted(missing)}: it is not in the expected hub schema.")
-        table = pq.read_table(file, columns=[image_column, "label"], filters=pc.field("label").isin(list(classes)))
-        pictures += pc.struct_field(table[image_column], "bytes").to_pylist()
+        check_schema(file, image_column)
+        with reading(file):
+            every = pq.read_table(file, columns=["label"])["label"].to_numpy()
+            chosen = pc.field("label").isin(list(classes))
+            table = pq.read_table(file, columns=[image_column, "label"], filters=chosen)
+        pictures = pc.struct_field(table[image_column], "bytes").to_pylist()
+        images.append(decode(pictures, file, np.flatnonzero(np.isin(every, classes)).tolist(), mode, size))
         labels.append(table["label"].to_numpy())
-    if not pictures:
+    pixels = torch.from_numpy(np.concatenate(images))
+    if not len(pixels):
         raise ValueError(f"No image of the classes {classes} in {[str(file) for file in files]}.")
-    images = torch.from_numpy(decode(pictures))
-    images = images.unsqueeze(1) if images.dim() == 3 else images.movedim(-1, 1)
-    return Samples(images.contiguous(), binary_labels(np.concatenate(labels), classes))
+    pixels = pixels.unsqueeze(1) if mode == "L" else pixels.movedim(-1, 1)
+    return Samples(pixels.contiguous(), binary_labels(np.concatenate(labels), classes))
+
+
+def _is_binary(field: Any) -> bool:  # noqa: ANN401 - pyarrow ships no types
+    import pyarrow as pa
+
+    return bool(pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type))

@@ -14,9 +14,9 @@ from scipy.io.matlab import MatReadError
 
 from ntk_lightning.datamodules.base import ImageDataModule, Samples
 from ntk_lightning.datamodules.cache import cache_folder
-from ntk_lightning.datamodules.download import download
+from ntk_lightning.datamodules.download import delete_temporary, download_temporary
 from ntk_lightning.datamodules.image_file import ImageFile, key_of_files
-from ntk_lightning.datamodules.parquet import column_names, decode
+from ntk_lightning.datamodules.parquet import check_schema, column_names, decode, reading
 from ntk_lightning.progress import progress_bar
 
 __all__ = ["SVHNParity"]
@@ -47,7 +47,8 @@ class SVHNParity(ImageDataModule):
             By default the ``.mat`` files are downloaded and their MD5 checksums compared.
         cache: Folder for downloads and converted images; by default ``$NTK_LIGHTNING_CACHE`` or
             ``~/.cache/ntk_lightning``.
-        keep_downloads: Keep the downloaded files (1.5 GB) after they were converted.
+        keep_downloads: Keep the downloaded files (1.5 GB) after they were converted; files that were put into the
+            cache by hand are kept in any case.
         url: Folder of the files on the web.
         **kwargs: Those of :class:`~ntk_lightning.datamodules.ImageDataModule`.
 
@@ -100,12 +101,12 @@ class SVHNParity(ImageDataModule):
                     images.add(name, _read(file, part, mask))
             if not (local or self.keep_downloads):
                 for file in files:
-                    file.unlink()
+                    delete_temporary(file)
         return images
 
     def _download(self, split: str) -> Path:
         name = f"{split}_32x32.mat"
-        return download(f"{self.url}/{name}", self.cache / name, md5=MD5[split])
+        return download_temporary(f"{self.url}/{name}", self.cache / name, MD5[split])
 
 
 def _local(path: Path, split: str) -> list[Path]:
@@ -127,6 +128,9 @@ def _balanced(odd: np.ndarray) -> np.ndarray:
     """Mark as many odd as even digits (n,): all of the rarer ones, and a draw of the others that is always the same."""
     chosen = np.zeros(len(odd), bool)
     parities = [np.flatnonzero(odd == parity) for parity in (0, 1)]
+    for name, rows in zip(("even", "odd"), parities, strict=True):
+        if not len(rows):
+            raise ValueError(f"The splits train and extra have no {name} digit: give files of SVHN with both parities.")
     for rows in parities:
         chosen[np.random.default_rng(0).permutation(rows)[: min(map(len, parities))]] = True
     return chosen
@@ -141,7 +145,9 @@ def _digits(file: Path) -> np.ndarray:
         return labels[:, 0] % 10
     import pyarrow.parquet as pq
 
-    digits: np.ndarray = pq.read_table(file, columns=["label"])["label"].to_numpy()
+    check_schema(file, "image")
+    with reading(file):
+        digits: np.ndarray = pq.read_table(file, columns=["label"])["label"].to_numpy()
     if not np.isin(digits, range(10)).all():
         raise ValueError(f"{file}: the column label must hold digits from 0 to 9.")
     return digits
@@ -153,7 +159,9 @@ def _read(file: Path, digits: np.ndarray, chosen: np.ndarray) -> Iterator[tuple[
     with progress_bar(f"converting {file.name}", len(digits), "images") as advance:
         for batch in batches:
             rows = slice(start, start + len(batch))
-            images = decode(batch[chosen[rows]]) if batch.dtype == object else batch[chosen[rows]]
+            images = batch[chosen[rows]]
+            if images.dtype == object:
+                images = decode(images.tolist(), file, (start + np.flatnonzero(chosen[rows])).tolist())
             yield images, np.where(digits[rows][chosen[rows]] % 2, 1, -1)
             start += len(batch)
             advance(len(batch))
@@ -172,8 +180,9 @@ def _parquet_images(file: Path) -> Iterator[np.ndarray]:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    for batch in pq.ParquetFile(file).iter_batches(ROWS, columns=["image"]):
-        yield np.array(pc.struct_field(batch["image"], "bytes").to_pylist(), dtype=object)
+    with reading(file), pq.ParquetFile(file) as opened:
+        for batch in opened.iter_batches(ROWS, columns=["image"]):
+            yield np.array(pc.struct_field(batch["image"], "bytes").to_pylist(), dtype=object)
 
 
 def _from_matlab(file: Path, name: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any, Literal
 
 import numpy as np
@@ -23,14 +24,15 @@ class SyntheticTeacher(ImageDataModule):
     Args:
         distribution: "gaussian" for pixels from N(0, 1), "sphere" for the same scaled to norm sqrt(C * H * W).
         shape: Channels, height and width of an image.
-        teacher: The teacher, as it is; by default a :class:`~ntk_lightning.networks.FiveLayerCNN` of width 64 with
-            weights drawn from ``teacher_seed``.
+        teacher: The teacher, of which a copy is used as it is, with one output; by default a
+            :class:`~ntk_lightning.networks.FiveLayerCNN` of width 64 with weights drawn from ``teacher_seed``.
         teacher_seed: Seed of the images and of the default teacher.
         pool_size: Images in the training pool and in the test pool.
         **kwargs: Those of :class:`~ntk_lightning.datamodules.ImageDataModule`.
 
     Raises:
-        ValueError: ``distribution`` is unknown, the pool is empty, or the images are too small for the default teacher.
+        ValueError: ``distribution`` is unknown, the pool is empty, the images are too small for the default teacher, or
+            the teacher does not map them to one output.
     """
 
     def __init__(
@@ -55,7 +57,20 @@ class SyntheticTeacher(ImageDataModule):
                 torch.manual_seed(teacher_seed)
                 teacher = FiveLayerCNN(width=64, in_channels=shape[0])
         self._median: torch.Tensor | None = None
-        self.teacher = teacher.requires_grad_(False).eval()
+        self.teacher = deepcopy(teacher).requires_grad_(False).eval()
+        try:
+            outputs = self._outputs(torch.zeros(2, *shape))
+        except (RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"The teacher does not take float32 images (n, {', '.join(map(str, shape))}) on the CPU ({reason}): "
+                "change it, or shape."
+            ) from error
+        if outputs.numel() != 2:
+            raise ValueError(
+                f"The teacher must have one output an image, got {tuple(outputs.shape)} of 2 images: end it in a layer "
+                "with one output."
+            )
 
     def load(self, train: bool) -> Samples:
         """Draw the images and label them (see the base class)."""
@@ -71,5 +86,9 @@ class SyntheticTeacher(ImageDataModule):
         images = torch.from_numpy(rng.standard_normal((self.pool_size, *self.shape), dtype=np.float32))
         if self.distribution == "sphere":
             images *= images[0].numel() ** 0.5 / images.flatten(1).norm(dim=1)[:, None, None, None]
+        return images, torch.cat([self._outputs(chunk) for chunk in torch.split(images, 256)]).flatten()
+
+    def _outputs(self, images: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return images, torch.cat([self.teacher(chunk) for chunk in torch.split(images, 256)]).flatten()
+            outputs: torch.Tensor = self.teacher(images)
+        return outputs

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ntk_lightning.datamodules.base import ImageDataModule, Samples
+from ntk_lightning.datamodules.base import ImageDataModule, Samples, check_size
 
 __all__ = ["TensorData"]
 
@@ -18,11 +18,11 @@ class TensorData(ImageDataModule):
         train: Images (N, C, H, W) and labels (N,) in {-1, +1}, the training pool.
         test: The same for the test pool.
         **kwargs: Those of :class:`~ntk_lightning.datamodules.ImageDataModule`; ``n_train`` and ``n_test`` are by
-            default the whole pools.
+            default the whole pools, less ``n_val`` and ``fresh``; ``fresh=True`` halves what ``n_val`` leaves.
 
     Raises:
         TypeError: Images or labels are not tensors.
-        ValueError: Images and labels differ in number.
+        ValueError: Images and labels differ in number, or images are no images.
 
     Example:
         >>> import torch
@@ -40,13 +40,16 @@ class TensorData(ImageDataModule):
                     f"{name}: images and labels must be tensors, got {type(x).__name__} and {type(y).__name__}: "
                     "convert them by torch.as_tensor."
                 )
-            if len(x) != len(y) or y.dim() != 1:
+            if x.dim() < 2:
+                raise ValueError(f"{name}: images must be (N, C, H, W), got {tuple(x.shape)}.")
+            if y.dim() != 1 or len(x) != len(y):
                 raise ValueError(f"{name}: {len(x)} images need as many labels (N,), got {tuple(y.shape)}.")
-        sizes = {
-            "n_train": len(train[1]) - kwargs.get("n_val", 0) - int(kwargs.get("fresh", 0)),
-            "n_test": len(test[1]),
-        }
-        super().__init__(**{**sizes, **kwargs})
+        n_val, fresh = kwargs.get("n_val", 0), kwargs.get("fresh", 0)
+        for name, size in (("n_val", n_val), ("fresh", fresh)):
+            check_size(name, size, 0)
+        left = len(train[1]) - n_val
+        n_train = left // 2 if fresh is True else left - fresh
+        super().__init__(**{"n_train": n_train, "n_test": len(test[1]), **kwargs})
         self.pools = Samples(*train), Samples(*test)
 
     def load(self, train: bool) -> Samples:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch.distributed as dist
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -23,10 +24,15 @@ __all__ = ["is_rank_zero", "progress_bar"]
 def is_rank_zero() -> bool:
     """Tell whether this process is the one that prints.
 
+    The process group knows, and before there is one, the launcher's environment variables.
+
     Returns:
         True outside distributed runs and on their first process.
     """
-    return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    names = "RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK", "SLURM_PROCID"
+    return all(int(os.environ.get(name) or 0) == 0 for name in names)
 
 
 class _Rate(ProgressColumn):

@@ -34,13 +34,15 @@ class Fault:
 class FaultServer:
     """Serves ``files`` by path.
 
-    ``faults`` of a path are those of its first, second, ... request, after which all is well; ``requests`` has the path
-    and the Range of each one, ``sent`` counts the bytes of their bodies.
+    ``faults`` of a path are those of its first, second, ... request, after which all is well; ``hashes`` of a path are
+    sent with the file, one x-goog-hash each; ``requests`` has the path and the Range of each one, ``sent`` counts the
+    bytes of their bodies.
     """
 
     url: str
     files: dict[str, bytes] = field(default_factory=dict)
     faults: dict[str, list[Fault]] = field(default_factory=dict)
+    hashes: dict[str, list[str]] = field(default_factory=dict)
     version: str = '"v1"'
     requests: list[tuple[str, str]] = field(default_factory=list)
     sent: int = 0
@@ -89,6 +91,8 @@ def handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
                 self.send_header("Content-Range", f"bytes {start + fault.shift}-{len(body) - 1}/{len(body)}")
             if server.version:
                 self.send_header("ETag", server.version)
+            for value in server.hashes.get(self.path.lstrip("/"), []):
+                self.send_header("x-goog-hash", value)
             if fault.length is not None:
                 self.send_header("Content-Length", str(len(piece) + fault.length))
             self.end_headers()

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ import pytest
 import torch
 from fault_server import Fault, FaultServer, fault_server
 from test_cli import MAIN, OVERLAYS, arms, run, tiny
+from tiny import file_size_limit
 
 from ntk_lightning.datamodules import CIFAR5mBinary, cifar5m
 
@@ -110,6 +112,42 @@ def test_downloads_may_be_kept_for_other_classes(server: FaultServer, tmp_path: 
     assert len(server.requests) == 6
 
 
+def test_a_part_that_was_cut_is_not_taken_up_from_another_address(server: FaultServer, tmp_path: Path) -> None:
+    server.faults["part0.npz"] = [Fault(cut=10_000), Fault(status=404)]
+    with pytest.raises(ConnectionError, match="404"):
+        CIFAR5mBinary(cache=str(tmp_path), url=server.url).prepare_data()
+    server.files = {f"mirror/{name}": content for name, content in server.files.items()}
+    data = CIFAR5mBinary(cache=str(tmp_path), url=f"{server.url}/mirror")
+    data.prepare_data()
+    check(data)
+    assert server.requests[2] == ("mirror/part0.npz", "")
+
+
+def test_a_part_put_where_the_error_says_is_used_and_kept(server: FaultServer, tmp_path: Path) -> None:
+    server.faults["part0.npz"] = [Fault(status=404)]
+    data = CIFAR5mBinary(cache=str(tmp_path), url=server.url)
+    with pytest.raises(ConnectionError, match="404") as raised:
+        data.prepare_data()
+    place = re.search(r"put the file at (\S+) by hand", str(raised.value))
+    assert place is not None
+    Path(place[1]).write_bytes(b"not the right one")
+    with pytest.raises(ValueError, match=r"not a whole part of CIFAR-5m .*: delete it or get it again"):
+        data.prepare_data()
+    Path(place[1]).write_bytes(server.files["part0.npz"])
+    data.prepare_data()
+    check(data)
+    assert [file.name for file in tmp_path.rglob("*.npz")] == [Path(place[1]).name]
+    assert [name for name, _ in server.requests].count("part0.npz") == 1
+
+
+def test_parts_put_into_the_cache_by_hand_need_no_network(tmp_path: Path) -> None:
+    folder_of(archives(), tmp_path / "cifar5m")
+    data = CIFAR5mBinary(cache=str(tmp_path))
+    data.prepare_data()
+    check(data)
+    assert len(list(tmp_path.rglob("*.npz"))) == 6
+
+
 def test_a_killed_preparation_goes_on_with_the_part_it_was_at(
     server: FaultServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,7 +156,7 @@ def test_a_killed_preparation_goes_on_with_the_part_it_was_at(
 
     def killed(file: Path, classes: tuple[int, int]) -> Iterator[Any]:
         for x, y in read(file, classes):
-            if file.name == "part2.npz":
+            if file.name.startswith("part2"):
                 yield x[:3], y[:3]
                 raise KeyboardInterrupt
             yield x, y
@@ -133,21 +171,18 @@ def test_a_killed_preparation_goes_on_with_the_part_it_was_at(
     data.prepare_data()
     check(data)
     assert [name for name, _ in server.requests] == [f"part{i}.npz" for i in (3, 4, 5)]
+    assert not [*tmp_path.rglob("*.npz"), *tmp_path.rglob("*.downloaded")]
 
 
-def test_a_full_disk_keeps_the_finished_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("missing", [100, 10_000])  # bytes; the last ones of a file may wait in a buffer
+def test_a_full_disk_keeps_the_finished_parts(missing: int, tmp_path: Path) -> None:
     data = CIFAR5mBinary(folder_of(archives(), tmp_path), str(tmp_path / "cache"))
-    flush, calls = os.fsync, iter([None] * 4)  # two files a part
-
-    def full(descriptor: int) -> None:
-        if next(calls, "full") == "full":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        flush(descriptor)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match=r"Cannot write .*images: No space left on device. Make room there"):
-            data.prepare_data()
+    with (
+        file_size_limit(len(expected(range(3))[1]) * 3072 - missing),
+        pytest.raises(OSError, match=r"Cannot write .*images: File too large. Make room there") as raised,
+    ):
+        data.prepare_data()
+    assert raised.value.errno == errno.EFBIG
     (state,) = tmp_path.rglob("train*.json")
     assert list(json.loads(state.read_text())) == ["part0", "part1"]
     for name in ("part0.npz", "part1.npz"):  # not read again: the same size and date, but no archive
@@ -225,7 +260,7 @@ def test_broken_archives_are_refused_and_the_next_run_goes_on(
 ) -> None:
     server.files["part4.npz"], whole = content or b"x", server.files["part4.npz"]
     data = CIFAR5mBinary(cache=str(tmp_path), url=server.url)
-    with pytest.raises(ValueError, match=rf"part4\.npz is not a whole part of CIFAR-5m .*{message}"):
+    with pytest.raises(ValueError, match=rf"part4-\w+\.npz is not a whole part of CIFAR-5m .*{message}"):
         data.prepare_data()
     server.heal()
     server.files["part4.npz"] = whole

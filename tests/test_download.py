@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import hashlib
 import io
@@ -17,10 +18,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from fault_server import Fault, FaultServer, fault_server
+from tiny import file_size_limit
 
 from ntk_lightning.datamodules.cache import cache_folder
 from ntk_lightning.datamodules.download import _SafeRedirects, download
+from ntk_lightning.datamodules.image_file import ImageFile
+from ntk_lightning.progress import is_rank_zero
 
 BODY = np.random.default_rng(0).bytes(900_000)
 OTHER = np.random.default_rng(1).bytes(900_000)
@@ -154,6 +159,61 @@ def test_a_full_disk_keeps_what_has_arrived(
     assert ranges(server) == [REST]
 
 
+@pytest.mark.parametrize("limit", [500_001, 899_900])  # bytes; the last ones of a file may wait in a buffer
+def test_a_write_that_fails_is_one_clear_error_and_a_rerun_resumes(
+    limit: int, server: FaultServer, tmp_path: Path
+) -> None:
+    url, path = f"{server.url}/file.bin", tmp_path / "file.bin"
+    with file_size_limit(limit), pytest.raises(OSError, match=r"Cannot write .*the next run goes on from it"):
+        download(url, path, md5=MD5, **QUICK)
+    kept = path.with_name("file.bin.partial").stat().st_size
+    assert 0 < kept <= limit
+    server.heal()
+    assert download(url, path, md5=MD5, **QUICK).read_bytes() == BODY
+    assert ranges(server) == [f"bytes={kept}-"]
+
+
+def test_a_folder_that_takes_no_lock_is_said_to_be(server: FaultServer, tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    path.with_name("file.bin.lock").mkdir()
+    with pytest.raises(OSError, match=r"Cannot write .*file\.bin: .*choose another cache folder"):
+        download(f"{server.url}/file.bin", path, **QUICK)
+    with pytest.raises(OSError, match=r"Cannot write .*choose another cache folder"), ImageFile(path).lock():
+        pass
+    below = path.with_name("regular") / "file.bin"
+    below.parent.write_text("")
+    with pytest.raises(OSError, match=r"Cannot write .*choose another cache folder"):
+        download(f"{server.url}/file.bin", below, **QUICK)
+    assert server.requests == []
+
+
+def goog_hash(body: bytes) -> str:
+    return f"md5={base64.b64encode(hashlib.md5(body).digest()).decode()}"
+
+
+@pytest.mark.parametrize("others", [[], ["crc32c=n03x6A=="]], ids=["md5 alone", "md5 after crc32c"])
+def test_a_checksum_that_the_server_sends_is_compared(others: list[str], server: FaultServer, tmp_path: Path) -> None:
+    url, path = f"{server.url}/file.bin", tmp_path / "file.bin"
+    server.hashes["file.bin"] = [*others, goog_hash(OTHER)]
+    with pytest.raises(ValueError, match=rf"MD5 checksum {MD5} instead of {hashlib.md5(OTHER).hexdigest()}"):
+        download(url, path, **QUICK)
+    assert not path.exists()
+    assert download(url, path, md5=MD5, **QUICK).read_bytes() == BODY  # the caller knows better
+    path.unlink()
+    server.hashes["file.bin"] = [",".join((*others, goog_hash(BODY)))]
+    assert download(url, path, **QUICK).read_bytes() == BODY
+
+
+def test_a_checksum_is_remembered_until_the_rest_has_come(server: FaultServer, tmp_path: Path) -> None:
+    server.hashes["file.bin"] = [goog_hash(BODY)]
+    cut_off(server, tmp_path / "file.bin")
+    server.hashes.clear()
+    (tmp_path / "file.bin.partial").write_bytes(OTHER)
+    with pytest.raises(ValueError, match="MD5 checksum"):
+        download(f"{server.url}/file.bin", tmp_path / "file.bin", **QUICK)
+    assert download(f"{server.url}/file.bin", tmp_path / "file.bin", **QUICK).read_bytes() == BODY
+
+
 def test_without_a_network_the_error_names_the_address_and_a_way_out(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen
@@ -211,3 +271,21 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
     assert cache_folder() == tmp_path / "ntk_lightning"
     monkeypatch.setenv("NTK_LIGHTNING_CACHE", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own"
+
+
+LAUNCHED = "RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK", "SLURM_PROCID"
+
+
+@pytest.mark.parametrize("name", ["", *LAUNCHED])
+def test_one_process_of_all_nodes_prints(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for other in LAUNCHED:
+        monkeypatch.setenv(other, str(int(other == name)))
+    assert is_rank_zero() is (not name)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        assert is_rank_zero()
+    finally:
+        dist.destroy_process_group()
+    for other in LAUNCHED:
+        monkeypatch.delenv(other)
+    assert is_rank_zero()

@@ -187,6 +187,98 @@ def test_labels_of_parquet_beyond_nine_are_refused(tmp_path: Path) -> None:
         SVHNParity(path, str(tmp_path / "cache")).load(train=False)
 
 
+def test_files_put_into_the_cache_by_hand_are_kept(server: FaultServer, tmp_path: Path) -> None:
+    data = SVHNParity(cache=str(tmp_path), url=server.url)
+    data.cache.mkdir()
+    by_hand = data.cache / "extra_32x32.mat"
+    by_hand.write_bytes(FILES[by_hand.name])
+    data.prepare_data()
+    check(data)
+    assert list(tmp_path.rglob("*.mat")) == [by_hand]
+
+
+def test_files_that_an_earlier_run_downloaded_are_not_kept(server: FaultServer, tmp_path: Path) -> None:
+    server.faults["extra_32x32.mat"] = [Fault(status=404)]
+    data = SVHNParity(cache=str(tmp_path), url=server.url)
+    with pytest.raises(ConnectionError, match="404"):
+        data.prepare_data()
+    assert [file.name for file in tmp_path.rglob("*.mat")] == ["train_32x32.mat"]
+    data.prepare_data()
+    check(data)
+    assert not [*tmp_path.rglob("*.mat"), *tmp_path.rglob("*.downloaded")]
+
+
+def png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def replace_pictures(file: Path, column: str, places: dict[int, object]) -> None:
+    """Write other bytes into some rows of a parquet file."""
+    table = pq.read_table(file)
+    pictures = table[column].to_pylist()
+    for row, content in places.items():
+        pictures[row] = {"bytes": content, "path": None}
+    pq.write_table(table.set_column(table.column_names.index(column), column, pa.array(pictures)), file)
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+BROKEN = [
+    pytest.param(b"<html>", "cannot be read", id="junk"),
+    pytest.param(png(NOISE)[:1500], "cannot be read", id="cut off"),
+    pytest.param(png(NOISE)[:20], "cannot be read", id="cut off in the header"),
+    pytest.param(b"", "cannot be read", id="empty"),
+    pytest.param(None, "cannot be read", id="missing"),
+    pytest.param(png(NOISE[:28]), "has 32x28 pixels: resize it to 32x32", id="another size"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BROKEN)
+def test_a_broken_picture_is_named_by_its_row(content: object, message: str, tmp_path: Path) -> None:
+    path = parquet_folder(tmp_path)
+    file = tmp_path / "cropped_digits" / "test-00000-of-00001.parquet"
+    replace_pictures(file, "image", {33: content})
+    with pytest.raises(ValueError, match=rf"{file}: the picture in row 33 {message}") as raised:
+        SVHNParity(path, str(tmp_path / "cache")).load(train=False)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_grey_picture_among_coloured_ones_has_three_equal_channels(tmp_path: Path) -> None:
+    path = parquet_folder(tmp_path)
+    file = tmp_path / "cropped_digits" / "test-00000-of-00001.parquet"
+    replace_pictures(file, "image", {5: png(NOISE[..., 0])})
+    pool = SVHNParity(path, str(tmp_path / "cache")).load(train=False)
+    assert torch.equal(pool.x[5], torch.from_numpy(NOISE[..., 0]).expand(3, 32, 32))
+    assert torch.equal(pool.x[6], torch.from_numpy(split("test")[0][6].transpose(2, 0, 1)))
+
+
+def test_a_batch_of_which_no_image_is_chosen_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(svhn, "ROWS", 1)
+    data = SVHNParity(parquet_folder(tmp_path), str(tmp_path / "cache"))
+    data.prepare_data()
+    check(data)
+
+
+@pytest.mark.parametrize(("parity", "name"), [(1, "even"), (0, "odd")])
+def test_digits_of_one_parity_are_refused(parity: int, name: str, tmp_path: Path) -> None:
+    path = mat_folder(tmp_path)
+    for split_name in ("train", "extra"):
+        digits = np.full((4, 1), 2 - parity, np.uint8)
+        (tmp_path / f"{split_name}_32x32.mat").write_bytes(matlab(X, digits))
+    with pytest.raises(ValueError, match=f"have no {name} digit: give files of SVHN"):
+        SVHNParity(path, str(tmp_path / "cache")).load(train=True)
+
+
+def test_a_column_of_other_things_than_pictures_is_refused(tmp_path: Path) -> None:
+    path = parquet_folder(tmp_path)
+    file = tmp_path / "cropped_digits" / "test-00000-of-00001.parquet"
+    table = pq.read_table(file)
+    pq.write_table(table.set_column(0, "image", pa.array([b"x"] * len(table))), file)
+    with pytest.raises(ValueError, match="column image is binary instead of struct"):
+        SVHNParity(path, str(tmp_path / "cache")).load(train=False)
+
+
 def test_a_missing_split_is_named_at_once(tmp_path: Path) -> None:
     path = mat_folder(tmp_path)
     (tmp_path / "extra_32x32.mat").unlink()
