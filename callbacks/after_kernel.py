@@ -12,6 +12,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from ntk_lightning.callbacks.kernel_fit import Arm, check_sizes, fit_nested
 from ntk_lightning.callbacks.run import (
     check_folder,
+    count_outputs,
+    epochs_between_validations,
     evaluation_kernel,
     evaluation_sets,
     log_metrics,
@@ -20,6 +22,7 @@ from ntk_lightning.callbacks.run import (
     run_config,
     samples,
 )
+from ntk_lightning.datamodules.base import has_set
 from ntk_lightning.kernels.shards import sharded_gram_and_cross
 from ntk_lightning.optim import OptimizerConfig
 
@@ -64,20 +67,23 @@ class AfterKernel(Callback):
             network(pl_module, self.network)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Extract one entry, so that a budget or network which the kernel cannot take is told before the training."""
+        """Extract one entry, so that labels, network or budget which do not fit are told before the training."""
         with isolate_rng():
+            evaluation_sets(trainer, count_outputs(trainer, pl_module, self.network))
             evaluation_kernel(pl_module, self.network, self.memory).diag(samples(trainer, "train").x[:1])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Extract the kernel, fit it, and keep the table."""
         optimizer = run_config(trainer, pl_module, self.optimizer)
         self._arms.clear()
+        outputs, between = count_outputs(trainer, pl_module, self.network), epochs_between_validations(trainer)
+        evaluation = evaluation_sets(trainer, outputs)
         with isolate_rng():
             grams = partial(sharded_gram_and_cross, evaluation_kernel(pl_module, self.network, self.memory))
             for split, sizes in self._sizes(trainer).items():
-                train = samples(trainer, split)
+                train = samples(trainer, split, outputs)
                 try:
-                    fits = fit_nested(grams, train, evaluation_sets(trainer), optimizer, sizes)
+                    fits = fit_nested(grams, train, evaluation, optimizer, sizes, between)
                 except FloatingPointError as error:
                     rank_zero_warn(f"There is no after-kernel. {error}")
                     continue
@@ -94,8 +100,7 @@ class AfterKernel(Callback):
 
     def _sizes(self, trainer: Trainer) -> dict[str, list[int]]:
         """Sizes to fit on, by set."""
-        has_fresh = getattr(getattr(trainer, "datamodule", None), "fresh_set", None) is not None
-        fresh = has_fresh if self.fresh is None else self.fresh
+        fresh = has_set(trainer, "fresh") if self.fresh is None else self.fresh
         asked = {"train": self.sizes, "fresh": self.sizes if fresh is True else fresh or []}
         return {
             split: check_sizes(sizes, len(samples(trainer, split)), split)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from lightning import LightningModule, Trainer
 
-from ntk_lightning.callbacks.kernel_fit import Arm, check_sizes, fit_nested
+from ntk_lightning.callbacks.kernel_fit import Arm, check_sizes, fit_first, nested_grams
 from ntk_lightning.callbacks.run import (
     check_folder,
+    count_outputs,
+    epochs_between_validations,
     error_and_loss_of,
     evaluation_kernel,
     evaluation_sets,
@@ -32,9 +36,10 @@ class EmpiricalNTKDynamics(ScheduledCallback):
     """Extract K^t, the empirical NTK after t optimizer steps, fit it, and log its test error.
 
     At every step of the schedule (always with 0 and the last): K^t of the training and test sets, in evaluation mode;
-    kernel SGD with the network's optimizer config and optimal early stopping; the network's own test error beside it.
-    At the end a table ``kernel_dynamics.csv`` and the log-log figure ``kernel_dynamics.png``. See Fort et al. (2020,
-    arXiv 2010.15110) and figure 1C of arXiv 2206.10012. The training is not disturbed.
+    kernel SGD with the network's optimizer config and optimal early stopping. Beside it stand the test errors of the
+    network and, as "initial", of K^0 after t steps of the same SGD, which is the linearized network. At the end a table
+    ``kernel_dynamics.csv`` and the log-log figure ``kernel_dynamics.png``. See Fort et al. (2020, arXiv 2010.15110) and
+    figure 1C of arXiv 2206.10012. The training is not disturbed.
 
     Args:
         every_n_batches: Extract every so many steps.
@@ -61,6 +66,7 @@ class EmpiricalNTKDynamics(ScheduledCallback):
     ) -> None:
         super().__init__(every_n_batches, log_spaced, at)
         self.sizes, self.optimizer, self.network, self.memory = fit_sizes, optimizer, network, memory
+        self._initial: dict[int, dict[int, tuple[float, float]]] = {}  # of K^0: error and loss by size and step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check, before anything is trained, that everything is there."""
@@ -73,15 +79,28 @@ class EmpiricalNTKDynamics(ScheduledCallback):
 
     def measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """Extract and fit K^t, and measure the network beside it."""
-        train, evaluation = samples(trainer, "train"), evaluation_sets(trainer)
+        outputs, between = count_outputs(trainer, pl_module, self.network), epochs_between_validations(trainer)
+        train, evaluation = samples(trainer, "train", outputs), evaluation_sets(trainer, outputs)
         sizes = check_sizes(self.sizes, len(train), "training")
         kernel = evaluation_kernel(pl_module, self.network, self.memory)
         optimizer = run_config(trainer, pl_module, self.optimizer)
-        fits = fit_nested(partial(sharded_gram_and_cross, kernel), train, evaluation, optimizer, sizes)
+        gram, cross = nested_grams(partial(sharded_gram_and_cross, kernel), train, evaluation, sizes[-1])
         error, loss = error_and_loss_of(kernel.net, evaluation["test"])
-        for n, fit in fits.items():
+        for n in sizes:
+            fit = fit_first(n, gram, cross, train, evaluation, optimizer, between)
+            if step == 0:
+                watched = {*fit.steps.tolist(), *(t for t in self._steps if t <= optimizer.total_steps(n))}
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of divergence: those of the fit above, again
+                    followed = fit_first(n, gram, cross, train, evaluation, optimizer, steps=sorted(watched))
+                curve = Arm.of_fit("", n, followed).curve
+                self._initial[n] = {
+                    t: (e, loss) for t, e, loss in zip(*map(curve.get, ("steps", "errors", "losses")), strict=True)
+                }
+            initial_error, initial_loss = self._initial.get(n, {}).get(step, (None, None))
             arm = Arm.of_fit("empirical NTK at initialization", n, fit)
-            self.rows.append({"step": step, **vars(arm), "network_error": error, "network_loss": loss})
+            initial = {"initial_error": initial_error, "initial_loss": initial_loss}
+            self.rows.append({"step": step, **vars(arm), "network_error": error, "network_loss": loss, **initial})
         metrics = {"empirical_ntk/test_error": arm.optimal_error, "empirical_ntk/last_test_error": arm.last_error}
         log_metrics(trainer, {**metrics, "empirical_ntk/network_test_error": error}, step)
 
@@ -96,3 +115,12 @@ class EmpiricalNTKDynamics(ScheduledCallback):
         """Summarize the kernel at initialization."""
         fields = Arm.__dataclass_fields__
         return [Arm(**{name: row[name] for name in fields}) for row in self.rows if row["step"] == 0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the rows so far, and the curves of K^0, for the checkpoint."""
+        return {**super().state_dict(), "initial": self._initial}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up those of a checkpoint."""
+        super().load_state_dict(state_dict)
+        self._initial = state_dict.get("initial", {})

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from lightning import Callback, LightningModule, Trainer
-from torch import Tensor, distributed
 
 from ntk_lightning.callbacks.kernel_fit import Arm, check_sizes, fit_nested
 from ntk_lightning.callbacks.run import (
     check_folder,
+    count_outputs,
+    epochs_between_validations,
     evaluation_sets,
     log_metrics,
     log_table,
@@ -21,10 +20,10 @@ from ntk_lightning.callbacks.run import (
 )
 from ntk_lightning.kernels import InfiniteNTK, KernelStore
 from ntk_lightning.kernels.infinite import Backend, Kind
-from ntk_lightning.kernels.shards import place, sharded_gram
+from ntk_lightning.kernels.stored_grams import infinite_grams
 from ntk_lightning.optim import OptimizerConfig
 
-__all__ = ["InfiniteNTKFit", "infinite_grams"]
+__all__ = ["InfiniteNTKFit"]
 
 
 class InfiniteNTKFit(Callback):
@@ -68,13 +67,18 @@ class InfiniteNTKFit(Callback):
             if self.store is not None:
                 KernelStore(self.store, self._kernel(pl_module), train.x).check_folder()
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the labels fit the network's outputs."""
+        evaluation_sets(trainer, count_outputs(trainer, pl_module, self.network))
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute the Gram, fit it, and keep the table."""
-        train = samples(trainer, "train")
+        outputs, between = count_outputs(trainer, pl_module, self.network), epochs_between_validations(trainer)
+        train = samples(trainer, "train", outputs)
         grams = infinite_grams(self._kernel(pl_module), self.store)
         sizes = check_sizes(self.sizes, len(train), "training")
         optimizer = run_config(trainer, pl_module, self.optimizer)
-        fits = fit_nested(grams, train, evaluation_sets(trainer), optimizer, sizes)
+        fits = fit_nested(grams, train, evaluation_sets(trainer, outputs), optimizer, sizes, between)
         name = "infinite NTK" if self.kind == "ntk" else "NNGP"
         self._arms = [Arm.of_fit(name, n, fit) for n, fit in fits.items()]
         log_table(trainer, f"infinite_{self.kind}", [arm.row() for arm in self._arms])
@@ -87,33 +91,3 @@ class InfiniteNTKFit(Callback):
 
     def _kernel(self, pl_module: LightningModule) -> InfiniteNTK:
         return InfiniteNTK(network(pl_module, self.network), self.kind, self.backend)
-
-
-def infinite_grams(
-    kernel: InfiniteNTK, store: Path | None, *, progress: bool = True
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Make the function that fits ask for the two Grams of an infinite-width kernel; processes divide the work.
-
-    Args:
-        kernel: The kernel.
-        store: Folder to keep them in, where nested training sets with one test set share their blocks; None keeps none.
-        progress: Show a progress bar.
-
-    Returns:
-        Maps n training inputs and m others to their Grams (n, n) and (m, n).
-    """
-
-    def grams(x_train: Tensor, x_other: Tensor) -> tuple[Tensor, Tensor]:
-        if store is None:
-            gram = sharded_gram(kernel, x_train, progress=progress)
-            return gram, sharded_gram(kernel, x_other, x_train, progress=progress)
-        stored = KernelStore(store, kernel, torch.cat([x_other, x_train]), block=64)
-        train, other = slice(len(x_other), None), slice(0, len(x_other))
-        rank, processes = place()
-        if processes > 1:
-            needed = [(i, j) for i, j in stored.block_ids if (j + 1) * stored.block > len(x_other)]
-            stored.compute(needed, rank=rank, world_size=processes, progress=progress)
-            distributed.barrier()
-        return stored.gram(train, progress=progress), stored.gram(other, train, progress=progress)
-
-    return grams

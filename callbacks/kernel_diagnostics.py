@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
-from ntk_lightning.callbacks.kernel_fit import check_sizes
 from ntk_lightning.callbacks.run import (
     check_folder,
+    count_outputs,
     evaluation_kernel,
     log_figure,
     log_metrics,
@@ -45,6 +46,7 @@ class KernelDiagnostics(ScheduledCallback):
     Args:
         every_n_batches: Measure every so many steps.
         log_spaced: Measure at about this many logarithmically spaced steps instead (30 if neither is given).
+        at: Measure at these steps instead.
         probe_size: Samples of the probe set; fewer where the training set is smaller.
         leading: Number of leading eigenvalues, and of eigenvectors for the share of the labels.
         network: Attribute of the Lightning module that holds the network.
@@ -58,12 +60,13 @@ class KernelDiagnostics(ScheduledCallback):
         self,
         every_n_batches: int | None = None,
         log_spaced: int | None = None,
+        at: Sequence[int] | None = None,
         probe_size: int = 200,
         leading: int = 5,
         network: str = "net",
         memory: str = "4GB",
     ) -> None:
-        super().__init__(every_n_batches, log_spaced)
+        super().__init__(every_n_batches, log_spaced, at)
         if not 1 <= leading <= probe_size:
             raise ValueError(f"leading must be at least 1 and at most probe_size, got {leading} and {probe_size}.")
         self.probe_size, self.leading, self.network, self.memory = probe_size, leading, network, memory
@@ -74,12 +77,15 @@ class KernelDiagnostics(ScheduledCallback):
         """Check, before anything is trained, that everything is there."""
         if stage == "fit":
             check_folder(trainer)
-            check_sizes([self.leading], len(samples(trainer, "train")), "training")
+            if self.leading > (n := len(samples(trainer, "train"))):
+                raise ValueError(
+                    f"leading={self.leading} eigenvalues, but the training set has {n} samples: ask for fewer."
+                )
             network(pl_module, self.network)
 
     def measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """Extract K^t on the probe set and take its measures."""
-        train = samples(trainer, "train")
+        train = samples(trainer, "train", count_outputs(trainer, pl_module, self.network))
         x, y = train.x[: self.probe_size], train.y[: self.probe_size]
         gram = sharded_gram(evaluation_kernel(pl_module, self.network, self.memory), x)
         initial = self._initial.to(gram) if self.rows and self._initial is not None else gram

@@ -13,7 +13,7 @@ from ntk_lightning.datamodules import Samples
 from ntk_lightning.optim import OptimizerConfig
 from ntk_lightning.solvers import KernelFit, kernel_sgd
 
-__all__ = ["Arm", "check_sizes", "fit_nested"]
+__all__ = ["Arm", "check_sizes", "fit_first", "fit_nested", "nested_grams"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def fit_nested(
     evaluation: dict[str, Samples],
     optimizer: OptimizerConfig,
     sizes: Sequence[int],
+    epochs_between: float = 1.0,
 ) -> dict[int, KernelFit]:
     """Fit a kernel by SGD on the first n training samples, for several n.
 
@@ -81,17 +82,61 @@ def fit_nested(
         evaluation: The "test" set, and the "val" set if there is one.
         optimizer: The same as the network's.
         sizes: Sizes of the nested training sets, increasing.
+        epochs_between: Epochs between two evaluations.
 
     Returns:
         The fit of each size.
     """
-    train = Samples(train.x[: sizes[-1]], train.y[: sizes[-1]])
-    gram, cross = grams(train.x, torch.cat([samples.x for samples in evaluation.values()]))
-    kernels = dict(zip(evaluation, torch.split(cross, [len(samples) for samples in evaluation.values()]), strict=True))
-    fits = {}
-    for n in sizes:
-        sets: dict[str, Any] = {}
-        for name, samples in evaluation.items():
-            sets |= {f"{name}_kernel": kernels[name][:, :n], f"{name}_targets": samples.y}
-        fits[n] = kernel_sgd(gram[:n, :n], train.y[:n], optimizer, **sets)
-    return fits
+    gram, cross = nested_grams(grams, train, evaluation, sizes[-1])
+    return {n: fit_first(n, gram, cross, train, evaluation, optimizer, epochs_between) for n in sizes}
+
+
+def nested_grams(
+    grams: Callable[[Tensor, Tensor], tuple[Tensor, ...]], train: Samples, evaluation: dict[str, Samples], n: int
+) -> tuple[Tensor, Tensor]:
+    """Compute the Grams that fits on up to n samples are cut from.
+
+    Args:
+        grams: As of :func:`fit_nested`.
+        train: The training set.
+        evaluation: The sets to evaluate on.
+        n: The largest size.
+
+    Returns:
+        The kernel of the training samples, (n, n), and that of all evaluation samples, in order, with them, (m, n).
+    """
+    gram, cross = grams(train.x[:n], torch.cat([samples.x for samples in evaluation.values()]))
+    return gram, cross
+
+
+def fit_first(
+    n: int,
+    gram: Tensor,
+    cross: Tensor,
+    train: Samples,
+    evaluation: dict[str, Samples],
+    optimizer: OptimizerConfig,
+    epochs_between: float = 1.0,
+    steps: Sequence[int] | None = None,
+) -> KernelFit:
+    """Fit a kernel by SGD on the first n training samples.
+
+    Args:
+        n: Number of samples.
+        gram: Of :func:`nested_grams`.
+        cross: The same.
+        train: The training set.
+        evaluation: The "test" set, and the "val" set if there is one.
+        optimizer: The same as the network's.
+        epochs_between: Epochs between two evaluations.
+        steps: Evaluate after these steps instead.
+
+    Returns:
+        The fit.
+    """
+    sets: dict[str, Any] = {}
+    parts = torch.split(cross, [len(samples) for samples in evaluation.values()])
+    for (name, samples), part in zip(evaluation.items(), parts, strict=True):
+        sets |= {f"{name}_kernel": part[:, :n], f"{name}_targets": samples.y}
+    every = max(1, round(optimizer.steps_per_epoch(n) * epochs_between))
+    return kernel_sgd(gram[:n, :n], train.y[:n], optimizer, eval_every=every if steps is None else steps, **sets)

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from ntk_lightning.callbacks.kernel_fit import Arm
 from ntk_lightning.callbacks.run import check_folder, log_metrics, log_table
+from ntk_lightning.datamodules.base import has_set, samples_of
 
 __all__ = ["OptimalEarlyStopping"]
 
@@ -64,7 +65,7 @@ class OptimalEarlyStopping(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the three errors and keep the curve."""
         self._name = getattr(pl_module, "label", type(pl_module).__name__)
-        self._n = len(getattr(getattr(trainer, "datamodule", None), "train_set", None) or ())
+        self._n = len(samples_of(trainer, "train")) if has_set(trainer, "train") else 0
         for arm in self.arms():
             metrics = {"test/optimal_error": arm.optimal_error, "test/last_error": arm.last_error}
             if arm.validated_error is not None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -24,7 +24,8 @@ from ntk_lightning.checkpoint_io import AtomicCheckpointIO
 
 __all__ = ["ResumableCheckpoint"]
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_USR1 = getattr(signal, "SIGUSR1", None)  # not on Windows
+SIGNALS = tuple(number for number in (signal.SIGTERM, signal.SIGINT, _USR1) if number is not None)
 
 
 class ResumableCheckpoint(OnExceptionCheckpoint):
@@ -33,8 +34,10 @@ class ResumableCheckpoint(OnExceptionCheckpoint):
     A checkpoint is written every ``every_n_steps`` optimizer steps, always between two batches, when everything that
     the earlier ones cause (validation, extractions, logging) is done. At SIGTERM, Ctrl-C and SLURM's warning SIGUSR1
     all processes together write one before the next batch and end with exit status 128 + signal; after SIGUSR1 the job
-    is requeued. What a SIGKILL loses, the steps since the last checkpoint, is done again in the same way. The same
-    command goes on where the run was. The file is removed when the run is complete, so that the next one starts anew.
+    is requeued. Before the first batch and after the last, while kernels are computed and fitted, they end at once.
+    What that or a SIGKILL loses, the work since the last checkpoint, is done again in the same way. The same command
+    goes on where the run was. The file is removed when the run is complete, so that the next one starts anew; a run
+    that the Trainer's ``max_time`` has ended is complete.
 
     Besides what Lightning saves the checkpoint holds the random states of Python, NumPy and PyTorch on every process.
     The position in the data is saved for loaders that have a ``state_dict``, as those of this package do. The length of
@@ -46,7 +49,8 @@ class ResumableCheckpoint(OnExceptionCheckpoint):
         every_n_steps: Optimizer steps between two checkpoints.
 
     Raises:
-        ValueError: ``every_n_steps`` is below 1.
+        ValueError: ``every_n_steps`` is below 1, or a ``ModelCheckpoint`` of the run has ``save_last``: the Trainer's
+            ``ckpt_path="last"`` would resume from that, in mid-epoch.
     """
 
     def __init__(self, dirpath: str | Path, filename: str = "resume", every_n_steps: int = 100) -> None:
@@ -55,47 +59,66 @@ class ResumableCheckpoint(OnExceptionCheckpoint):
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}.")
         self.every_n_steps = every_n_steps
         self._received = 0
+        self._between_batches = False
         self._saved_step = 0
         self._at_batch: int | None = None
         self._random_states: dict[str, Any] | None = None
         self._handlers: dict[int, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write and read checkpoint files whole, before one is read."""
+        """Write and read checkpoint files whole, before one is read, and listen to signals.
+
+        Raises:
+            ValueError: Another callback of the run saves what the Trainer takes for its last checkpoint.
+        """
+        if any(isinstance(other, ModelCheckpoint) and other.save_last for other in trainer.checkpoint_callbacks):
+            raise ValueError(
+                "ModelCheckpoint(save_last=True) beside ResumableCheckpoint: the run would resume from either. "
+                "Leave save_last out."
+            )
+        if stage == "fit":
+            self._received, self._between_batches = 0, False
+            self._listen(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take up the random states of a checkpoint, and listen to signals."""
-        self._saved_step, self._received = trainer.global_step, 0
+        """Take up the random states of a checkpoint, and listen to signals again: Lightning has begun to as well."""
+        self._saved_step = trainer.global_step
         if self._random_states is not None:
             _set_random_states(self._random_states)
             self._random_states = None
-        if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        self._listen(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Save where it is time, and stop where a signal came."""
         if batch_idx % trainer.accumulate_grad_batches:
             return
+        self._between_batches = True
         step, received = trainer.global_step, self._agree(trainer)
         if step > self._saved_step and (received or step % self.every_n_steps == 0):
             self._at_batch, self._saved_step = batch_idx, step
             trainer.save_checkpoint(self.ckpt_path)
             self._at_batch = None
         if received:
-            rank_zero_info(f"{signal.Signals(received).name}: stopped at step {step}. Run the same command to go on.")
-            if received == signal.SIGUSR1 and trainer.is_global_zero:
-                _requeue()
-            raise SIGTERMException(128 + received)
+            _leave(trainer, received)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Expect no further batch where this epoch may be the last: what follows it has no end between two batches."""
+        last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 >= trainer.max_epochs >= 0
+        last_step = 0 <= trainer.max_steps <= trainer.global_step
+        if trainer.should_stop or last_epoch or last_step:
+            self._between_batches = False
+            if self._received:
+                _leave(trainer, self._received)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave signals to whom they were left before."""
-        self._restore_handlers()
+        self._restore_handlers(trainer)
 
     def on_exception(self, trainer: Trainer, *_: Any, **__: Any) -> None:  # noqa: ANN401 - Lightning's signature
         """Save nothing: an exception may leave a step half done."""
-        self._restore_handlers()
+        self._restore_handlers(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the checkpoint of a complete run."""
@@ -117,10 +140,20 @@ class ResumableCheckpoint(OnExceptionCheckpoint):
         states = checkpoint.get("random_states")
         self._random_states = states[trainer.global_rank % len(states)] if states else None
 
-    def _on_signal(self, number: int, _: FrameType | None) -> None:
-        """Stop before the next batch; a second signal of the kind ends the process at once."""
-        self._received = number
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    def _listen(self, trainer: Trainer) -> None:
+        """Take the signals over from whoever has them; the first time, note from whom."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+
+        def on_signal(number: int, _: FrameType | None) -> None:
+            """Stop before the next batch, or at once where none may come; a second signal of the kind always does."""
+            self._received = number
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            if not self._between_batches:
+                _leave(trainer, number)
+
+        before = {number: signal.signal(number, on_signal) for number in SIGNALS}
+        self._handlers = self._handlers or before
 
     def _agree(self, trainer: Trainer) -> int:
         """Have all processes stop at the same batch, whichever of them got a signal."""
@@ -129,7 +162,8 @@ class ResumableCheckpoint(OnExceptionCheckpoint):
         received = torch.tensor(self._received, device=trainer.strategy.root_device)
         return int(trainer.strategy.reduce(received, reduce_op="max"))
 
-    def _restore_handlers(self) -> None:
+    def _restore_handlers(self, trainer: Trainer) -> None:
+        trainer._signal_connector.teardown()  # else Lightning would restore, later, what it has found: ours
         for number, handler in self._handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._handlers = {}
@@ -175,6 +209,15 @@ def _set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def _leave(trainer: Trainer, number: int) -> None:
+    """End the process for a signal, and have the job run again where the signal asks for it."""
+    step = trainer.global_step
+    rank_zero_info(f"{signal.Signals(number).name}: stopped at step {step}. Run the same command to go on.")
+    if number == _USR1 and trainer.is_global_zero:
+        _requeue()
+    raise SIGTERMException(128 + number)
 
 
 def _requeue() -> None:

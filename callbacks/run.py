@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 from collections.abc import Iterator, Sequence
@@ -14,17 +15,20 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 
-from ntk_lightning.datamodules.base import Samples, samples_of
+from ntk_lightning.datamodules.base import Samples, has_set, samples_of
 from ntk_lightning.kernels import EmpiricalNTK
-from ntk_lightning.objective import encode_targets
+from ntk_lightning.objective import check_labels, encode_targets
 from ntk_lightning.optim import OptimizerConfig
 from ntk_lightning.solvers.result import error_and_loss
 
 __all__ = [
     "check_folder",
+    "count_outputs",
+    "epochs_between_validations",
     "error_and_loss_of",
+    "evaluating",
     "evaluation_kernel",
     "evaluation_sets",
     "log_figure",
@@ -38,38 +42,46 @@ __all__ = [
 ]
 
 
-def samples(trainer: Trainer, split: str) -> Samples:
+def samples(trainer: Trainer, split: str, num_outputs: int = 1) -> Samples:
     """Take a whole data set from the run's data module, on the device and in the precision of the training.
 
     Args:
         trainer: Of the run, set up.
         split: "train", "test", "val" or "fresh".
+        num_outputs: Of the network; for several, class numbers become one-hot targets (n, num_outputs).
 
     Returns:
-        Inputs (n, ...) and labels (n,).
+        Inputs (n, ...) and labels (n,), or targets (n, num_outputs).
 
     Raises:
         TypeError: The data module has no such set.
+        ValueError: The labels do not fit the number of outputs.
     """
-    return samples_of(trainer, split).to(
+    found = samples_of(trainer, split).to(
         trainer.strategy.root_device, cast(torch.dtype, trainer.lightning_module.dtype)
     )
+    if num_outputs == 1:
+        return found
+    check_labels(found.y, num_outputs)
+    return replace(found, y=encode_targets(found.y, num_outputs, found.x.dtype))
 
 
-def evaluation_sets(trainer: Trainer) -> dict[str, Samples]:
+def evaluation_sets(trainer: Trainer, num_outputs: int = 1) -> dict[str, Samples]:
     """Take the sets that kernel fits are measured on.
 
     Args:
         trainer: Of the run, set up.
+        num_outputs: As of :func:`samples`.
 
     Returns:
         The "test" set, and the "val" set if the data module has one.
 
     Raises:
         TypeError: There is no test set.
+        ValueError: The labels do not fit the number of outputs.
     """
-    has_val = getattr(getattr(trainer, "datamodule", None), "val_set", None) is not None
-    return {split: samples(trainer, split) for split in (("test", "val") if has_val else ("test",))}
+    splits = ("test", "val") if has_set(trainer, "val") else ("test",)
+    return {split: samples(trainer, split, num_outputs) for split in splits}
 
 
 def network(module: LightningModule, name: str) -> nn.Module:
@@ -95,6 +107,22 @@ def network(module: LightningModule, name: str) -> nn.Module:
         ) from error
 
 
+def count_outputs(trainer: Trainer, module: LightningModule, name: str) -> int:
+    """Count the outputs of a module's network, on one training sample and a copy.
+
+    Args:
+        trainer: Of the run, on its device.
+        module: Of the run; it is left as it is.
+        name: Attribute path of the network.
+
+    Returns:
+        The number C where it maps (n, ...) to (n, C); 1 where it maps to (n,).
+    """
+    with torch.no_grad():
+        outputs: Tensor = copy.deepcopy(network(module, name)).eval()(samples(trainer, "train").x[:1])
+    return outputs.numel()
+
+
 def run_config(trainer: Trainer, module: LightningModule, optimizer: OptimizerConfig | None) -> OptimizerConfig:
     """Give kernel fits the optimizer config and length of the run they are compared with.
 
@@ -108,7 +136,7 @@ def run_config(trainer: Trainer, module: LightningModule, optimizer: OptimizerCo
 
     Raises:
         TypeError: There is no config to take.
-        ValueError: The run has no end that the fits could share.
+        ValueError: The run has no end that the fits could share, or takes other steps than the fits would.
     """
     if optimizer is not None:
         return optimizer
@@ -121,7 +149,56 @@ def run_config(trainer: Trainer, module: LightningModule, optimizer: OptimizerCo
     epochs, steps = trainer.max_epochs, trainer.max_steps
     if steps == -1 and (epochs is None or epochs == -1):
         raise ValueError("The Trainer never ends: set max_epochs or max_steps, or give the callback its own optimizer.")
+    usual = {
+        "accumulate_grad_batches": 1,
+        "limit_train_batches": 1.0,
+        "overfit_batches": 0.0,
+        "gradient_clip_val": None,
+    }
+    changed = {name: value for name in usual if (value := getattr(trainer, name)) not in (usual[name], None)}
+    if type(trainer.limit_train_batches) is int:  # 1 is one batch, 1.0 is all
+        changed["limit_train_batches"] = trainer.limit_train_batches
+    if changed:
+        options = ", ".join(f"{name}={value}" for name, value in changed.items())
+        raise ValueError(
+            f"Kernel fits take the plain steps of the optimizer config, but the Trainer has {options}: leave that out "
+            "(batch_size and n_train do the like), or give the callback its own optimizer."
+        )
     return replace(config, epochs=epochs if epochs and epochs > 0 else 1, steps=None if steps == -1 else steps)
+
+
+def epochs_between_validations(trainer: Trainer) -> float:
+    """Tell how often the run is validated, so that kernel fits can be measured as often.
+
+    Args:
+        trainer: Of the run, training or trained.
+
+    Returns:
+        The distance in epochs; 1 for a run that is not validated.
+    """
+    batches, between = float(trainer.num_training_batches), trainer.val_check_batch
+    if not trainer.enable_validation or between is None or not 0 < batches < float("inf"):
+        return 1.0
+    return (trainer.check_val_every_n_epoch or 1) * between / batches
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module and its parts into evaluation mode, and back into the mode each was in.
+
+    Args:
+        module: The module.
+
+    Yields:
+        Nothing.
+    """
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -139,7 +216,8 @@ def run_folder(trainer: Trainer) -> Path:
     folder = Path(trainer.default_root_dir)
     if trainer.loggers:
         logger = trainer.loggers[0]
-        folder = Path(logger.save_dir or folder) / str(logger.name) / str(logger.version)
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"  # as Lightning
+        folder = Path(logger.save_dir or folder) / str(logger.name) / version
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -275,13 +353,13 @@ def error_and_loss_of(net: nn.Module, test: Samples) -> tuple[float, float]:
     """Measure a network's test error and test loss.
 
     Args:
-        net: Maps (n, ...) to (n, num_outputs), in the mode that it is in.
+        net: Maps (n, ...) to (n, num_outputs) or (n,), in the mode that it is in.
         test: Test set.
 
     Returns:
         Fraction of errors and mean squared error; 1 and infinity where an output is not finite.
     """
     with torch.no_grad():
-        outputs = torch.cat([net(chunk) for chunk in torch.split(test.x, 500)])
+        outputs = torch.cat([net(chunk).reshape(len(chunk), -1) for chunk in torch.split(test.x, 500)])
     error, loss = error_and_loss(outputs, encode_targets(test.y, outputs.shape[1], outputs.dtype))
     return float(error), float(loss)

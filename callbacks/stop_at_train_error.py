@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 
+from ntk_lightning.callbacks.run import evaluating, samples
 from ntk_lightning.datamodules import BatchLoader
 from ntk_lightning.modules.base import NTKModule
 from ntk_lightning.objective import count_errors, encode_targets
 
 __all__ = ["StopAtTrainError"]
 
+_BATCH = 500  # samples that are evaluated at a time
+
 
 class StopAtTrainError(Callback):
     """Stop when the fraction of training samples that are misclassified falls to a threshold.
 
-    The training set is evaluated at the end of every epoch, at the weights of that moment: the running average over the
-    epoch's batches would lag behind. Logged as ``train/exact_error``.
+    The training set is evaluated at the end of every epoch, at the weights of that moment, in evaluation mode and
+    without the data module's transform: the running average over the epoch's batches would lag behind. Logged as
+    ``train/exact_error``.
 
     Args:
         threshold: Fraction in [0, 1) at or below which to stop.
 
     Raises:
+        TypeError: A run's module is not of this package, or its data module keeps no training set.
         ValueError: The threshold is out of range.
     """
 
@@ -34,19 +36,26 @@ class StopAtTrainError(Callback):
         self.threshold = threshold
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that the module is one of this package's."""
+        """Check that module and data are of the kinds that can be evaluated.
+
+        Raises:
+            TypeError: One is not.
+        """
         if not isinstance(pl_module, NTKModule):
             raise TypeError(
                 f"StopAtTrainError works with the modules of ntk_lightning, not {type(pl_module).__name__}."
             )
+        if stage == "fit":
+            samples(trainer, "train")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the training error and decide."""
         assert isinstance(pl_module, NTKModule), "checked in setup"
-        counts = torch.zeros(2, dtype=torch.float64)
-        precision = trainer.precision_plugin
-        with isolate_rng(), torch.no_grad(), precision.forward_context():
-            for batch in map(precision.convert_input, cast(BatchLoader, trainer.train_dataloader)):
+        train, counts = samples(trainer, "train"), torch.zeros(2, dtype=torch.float64)
+        parts = torch.arange(len(train)).split(_BATCH)
+        loader = BatchLoader(train, parts, rank=trainer.global_rank, world_size=trainer.world_size)
+        with torch.no_grad(), evaluating(pl_module), trainer.precision_plugin.forward_context():
+            for batch in loader:
                 outputs = pl_module.predict(batch, "train")
                 targets = encode_targets(batch.y, outputs.shape[1], outputs.dtype)
                 counts += torch.tensor([count_errors(outputs, targets).sum().item(), len(batch.y)])

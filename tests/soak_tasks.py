@@ -23,6 +23,7 @@ CALLBACKS: dict[str, dict[str, Any]] = {
     "EmpiricalNTKDynamics": {"every_n_batches": 7},
     "KernelDiagnostics": {"every_n_batches": 4, "probe_size": 12},
     "AfterKernel": {},
+    "InfiniteNTKFit": {"store": "grams"},
 }
 
 

@@ -271,7 +271,7 @@ MODULES = [
         "choose another default_root_dir",
         id="run folder",
     ),
-    pytest.param(training(KernelDiagnostics(leading=41)), ValueError, "between 1 and the 40", id="leading 41"),
+    pytest.param(training(KernelDiagnostics(leading=41)), ValueError, "training set has 40 samples", id="leading 41"),
     pytest.param(training(AfterKernel(), epochs=-1), ValueError, "set max_epochs or max_steps", id="run without end"),
     pytest.param(training(OptimalEarlyStopping("test/eror")), KeyError, "as monitor=", id="monitor misspelled"),
     pytest.param(lambda: StopAtTrainError(5), ValueError, r"fraction in \[0, 1\)", id="threshold in percent"),

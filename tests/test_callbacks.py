@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from tiny import OPTIMIZER, QUIET, data, fit, net
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from ntk_lightning.callbacks import (
     AfterKernel,
@@ -23,8 +24,10 @@ from ntk_lightning.callbacks import (
     StopAtTrainError,
 )
 from ntk_lightning.callbacks.scheduled import schedule
+from ntk_lightning.datamodules import Batch, Samples
 from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK
-from ntk_lightning.modules import FiniteNetwork, InfiniteNTKReadout, KernelReadout
+from ntk_lightning.kernels.diagnostics import kernel_target_alignment
+from ntk_lightning.modules import FiniteNetwork, InfiniteNTKReadout, KernelReadout, LinearizedNetwork
 from ntk_lightning.networks import MLP
 from ntk_lightning.optim import OptimizerConfig
 from ntk_lightning.solvers import kernel_sgd
@@ -270,6 +273,103 @@ def test_what_is_missing_is_said_before_training(
     with pytest.raises(error, match=message):
         trainer.fit(module, datamodule=data())
     assert all(torch.equal(a, b) for a, b in zip(before, weights(module), strict=True))
+
+
+class Classes(LightningDataModule):
+    """Three classes by number, for a network with three outputs."""
+
+    def setup(self, stage: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        x, y = torch.randn(40, 4, generator=generator), torch.arange(40) % 3
+        x[:, :3] += 2 * nn.functional.one_hot(y, 3)
+        self.train_set, self.test_set = Samples(x[:24], y[:24]), Samples(x[24:], y[24:])
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(TensorDataset(self.train_set.x, self.train_set.y), batch_size=12)
+
+
+def test_kernels_of_several_outputs_are_fitted_to_classes(tmp_path: Path) -> None:
+    dynamics, after, diagnostics = EmpiricalNTKDynamics(2), AfterKernel(), KernelDiagnostics(2, probe_size=24)
+    module, datamodule = FiniteNetwork(MLP(16, 1, 4, num_outputs=3), OptimizerConfig(lr=0.5, batch_size=12)), Classes()
+    callbacks = [dynamics, after, InfiniteNTKFit(), diagnostics]
+    fit(module, datamodule, 30, callbacks=callbacks, default_root_dir=tmp_path, precision="32-true")
+    kernel, x = EmpiricalNTK(module.net), datamodule.train_set.x
+    targets = nn.functional.one_hot(datamodule.train_set.y, 3).float()
+    config = OptimizerConfig(lr=0.5, batch_size=12, epochs=30)
+    sets = {"test_kernel": kernel(datamodule.test_set.x, x), "test_targets": datamodule.test_set.y}
+    sets["test_targets"] = nn.functional.one_hot(sets["test_targets"], 3).float()
+    assert after.arms()[0].optimal_error == kernel_sgd(kernel(x), targets, config, **sets).optimal_error < 0.5
+    assert dynamics.rows[-1]["network_error"] < 0.5
+    assert diagnostics.rows[-1]["target_alignment"] == pytest.approx(kernel_target_alignment(kernel(x), targets))
+
+
+def test_a_network_with_outputs_of_shape_n_is_watched(tmp_path: Path) -> None:
+    class Flat(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            outputs: Tensor = super().forward(x)
+            return outputs.squeeze(1)
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Flat(nn.Flatten(), nn.Linear(192, 1))
+
+        def training_step(self, batch: Batch) -> Tensor:
+            loss: Tensor = (self.net(batch.x) - batch.y).square().mean()
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.01)
+
+    dynamics = EmpiricalNTKDynamics(every_n_batches=2, optimizer=OptimizerConfig(lr=0.01, epochs=2))
+    fit(Module(), data(batch_size=20), callbacks=[dynamics], default_root_dir=tmp_path)
+    assert all(0 <= row["network_error"] <= 1 for row in dynamics.rows)
+
+
+def test_dynamics_follow_the_linearized_network_step_by_step(tmp_path: Path) -> None:
+    dynamics, linearized = EmpiricalNTKDynamics(every_n_batches=3), LinearizedNetwork(net(), OPTIMIZER)
+    fit(FiniteNetwork(net(), OPTIMIZER), data(), callbacks=[dynamics], default_root_dir=tmp_path)
+
+    class Follow(Callback):
+        def __init__(self) -> None:
+            self.losses: dict[int, float] = {}
+
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+            test = trainer.datamodule.test_set  # type: ignore[attr-defined]  # TensorData
+            with torch.no_grad():
+                loss = (pl_module(test.x.double())[:, 0] - test.y).square().mean().item()
+            self.losses[trainer.global_step] = loss
+
+    follow = Follow()
+    fit(linearized, data(), callbacks=[follow], default_root_dir=tmp_path)
+    steps = [row["step"] for row in dynamics.rows]
+    assert steps == [0, 3, 6, 9, 12]
+    assert [row["initial_loss"] for row in dynamics.rows[1:]] == pytest.approx([follow.losses[t] for t in steps[1:]])
+    assert dynamics.rows[0]["initial_error"] == dynamics.rows[0]["initial_loss"] == 1  # of a model that says 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"accumulate_grad_batches": 2}, {"limit_train_batches": 1}, {"gradient_clip_val": 1.0}]
+)
+def test_steps_that_kernel_fits_do_not_take_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"the Trainer has {next(iter(options))}"):
+        fit(FiniteNetwork(net(), OPTIMIZER), data(), callbacks=[AfterKernel()], **options)
+
+
+def test_kernel_fits_are_measured_as_often_as_the_network(tmp_path: Path) -> None:
+    stopping, after = OptimalEarlyStopping(), AfterKernel()
+    options = {"check_val_every_n_epoch": 3, "callbacks": [stopping, after], "default_root_dir": tmp_path}
+    fit(FiniteNetwork(net(), OPTIMIZER), data(), 9, **options)
+    assert after.arms()[0].curve["steps"] == [row["step"] for row in stopping.rows] == [12, 24, 36]
+
+
+def test_the_training_error_is_measured_in_evaluation_mode(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192), NoisyDropout(), nn.Linear(192, 1))
+    module = FiniteNetwork(network, OptimizerConfig(lr=0.01, batch_size=20))
+    callback = StopAtTrainError(0.0)
+    fit(module, data(), 2, min_epochs=2, callbacks=[callback], default_root_dir=tmp_path)
+    assert network[1].num_batches_tracked == 4
+    assert network.training
 
 
 def test_constructor_arguments_are_checked() -> None:

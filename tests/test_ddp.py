@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -36,19 +37,24 @@ def torchrun(processes: int, folder: Path) -> None:
     subprocess.run(command, check=True, env=environment(), timeout=200)
 
 
-def two_nodes(processes: int, folder: Path) -> None:
+def start_nodes(processes: int, script: Path, *arguments: object) -> list[int]:
     """One process on each of several "machines", which know of each other by environment variables."""
     port = free_port()
     nodes = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder), "1", str(processes)],
+            [sys.executable, str(script), *map(str, arguments)],
             env=environment(
                 MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=processes, NODE_RANK=rank, LOCAL_RANK=0
             ),
         )
         for rank in range(processes)
     ]
-    assert [node.wait(200) for node in nodes] == [0] * processes
+    return [node.wait(200) for node in nodes]
+
+
+def two_nodes(processes: int, folder: Path) -> None:
+    """Several machines."""
+    assert start_nodes(processes, SCRIPT, folder, 1, processes) == [0] * processes
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +99,15 @@ def test_processes_change_nothing(
             assert cell[:3] == wanted[:3]
             assert cell[3] == (pytest.approx(wanted[3], **TOLERANCE) if isinstance(wanted[3], float) else wanted[3])
     assert len(one_process["finite"]["tables"]) == 7
+
+
+def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    script = SCRIPT.with_name("ddp_resume.py")
+    assert start_nodes(2, script, tmp_path / "calm", 0) == [0, 0]
+    assert start_nodes(2, script, tmp_path / "stopped", 5) == [128 + signal.SIGTERM] * 2
+    assert (tmp_path / "stopped" / "resume.ckpt").exists()
+    assert start_nodes(2, script, tmp_path / "stopped", 0) == [0, 0]
+    calm, resumed = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("calm", "stopped"))
+    assert all(torch.equal(weight, resumed[key]) for key, weight in calm.items())
+    for table in ("error_curve.csv", "kernel_dynamics.csv"):
+        assert (tmp_path / "calm" / table).read_bytes() == (tmp_path / "stopped" / table).read_bytes()

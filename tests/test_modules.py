@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,12 @@ from tiny import OPTIMIZER, QUIET, data, fit, net, test_images
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ntk_lightning.kernels import EmpiricalNTK
+from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK
 from ntk_lightning.modules import FiniteNetwork, InfiniteNTKReadout, KernelReadout, LinearizedNetwork
 from ntk_lightning.modules.base import NTKModule
 from ntk_lightning.modules.readout import FunctionalGradient
 from ntk_lightning.networks import MLP
-from ntk_lightning.optim import OptimizerConfig
+from ntk_lightning.optim import OptimizerConfig, critical_learning_rate
 from ntk_lightning.solvers import kernel_sgd
 
 
@@ -178,6 +179,72 @@ def test_wrong_labels_are_refused_at_the_first_batch() -> None:
     trainer = Trainer(max_epochs=1, **QUIET)
     with pytest.raises(ValueError, match=r"must be -1 or \+1"):
         trainer.fit(FiniteNetwork(MLP(4, 1, 4)), DataLoader(TensorDataset(x, y), batch_size=10))
+
+
+def test_a_wrong_label_of_a_later_batch_is_refused_too() -> None:
+    y = torch.cat([torch.ones(10), torch.zeros(10)])
+    trainer = Trainer(max_epochs=1, **QUIET)
+    with pytest.raises(ValueError, match=r"must be -1 or \+1"):
+        trainer.fit(FiniteNetwork(MLP(4, 1, 4)), DataLoader(TensorDataset(torch.randn(20, 4), y), batch_size=10))
+
+
+def test_validation_loaders_without_names_are_explained() -> None:
+    loader = DataLoader(TensorDataset(torch.randn(8, 4), torch.ones(8)), batch_size=4)
+    with pytest.raises(ValueError, match="give the data module evaluation_splits"):
+        Trainer(max_epochs=1, **QUIET).fit(FiniteNetwork(MLP(4, 1, 4)), loader, [loader, loader])
+
+
+def test_a_kernel_model_begins_anew_on_other_data_of_the_same_size() -> None:
+    module, fresh = (KernelReadout(EmpiricalNTK(net()), OPTIMIZER) for _ in range(2))
+    fit(module, data(30))
+    fit(module, data(30, subset_seed=1))
+    fit(fresh, data(30, subset_seed=1))
+    torch.testing.assert_close(module.coefficients, fresh.coefficients, rtol=0, atol=0)
+
+
+def test_a_kernel_model_is_tested_on_the_set_it_is_given() -> None:
+    module = KernelReadout(EmpiricalNTK(net()), OPTIMIZER)
+    trainer, other = fit(module, data(n_test=20)), data(subset_seed=3, n_test=10)
+    (measured,) = trainer.test(module, datamodule=other, verbose=False)
+    assert other.test_set is not None
+    outputs = module(other.test_set.x.double())[:, 0]
+    assert measured["test/loss"] == pytest.approx((outputs - other.test_set.y).square().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_kernel_in_float64_trains_in_any_precision(precision: str) -> None:
+    module = KernelReadout(EmpiricalNTK(net(), dtype=torch.float64), OptimizerConfig(lr=0.5, batch_size=12))
+    trainer = fit(module, data(), precision=precision)
+    assert trainer.callback_metrics["train/loss"] < 1
+
+
+def test_the_training_set_is_not_sent_at_every_step_of_ddp() -> None:
+    module = KernelReadout(EmpiricalNTK(net()))
+    assert module._ddp_params_and_buffers_to_ignore == [name for name, _ in module.named_buffers(recurse=False)]
+
+
+def test_an_infinite_readout_finds_its_stored_gram(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fits = []
+    for store in (None, str(tmp_path), str(tmp_path)):
+        module = InfiniteNTKReadout(net(), OPTIMIZER, store=store)
+        fit(module, data())
+        fits.append(module.coefficients.detach())
+        if store:
+            monkeypatch.setattr(InfiniteNTK, "__call__", None)
+    torch.testing.assert_close(fits[0], fits[1], rtol=1e-6, atol=1e-8)
+    assert torch.equal(fits[1], fits[2])
+
+
+def test_a_linearized_network_warns_above_the_critical_learning_rate() -> None:
+    datamodule = data()
+    datamodule.setup()
+    assert datamodule.train_set is not None
+    critical = critical_learning_rate(EmpiricalNTK(net())(datamodule.train_set.x), momentum=0.9)
+    for lr, warned in ((0.5 * critical, False), (1.5 * critical, True)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(LinearizedNetwork(net(), OptimizerConfig(lr=lr, momentum=0.9, batch_size=12)), data(), epochs=1)
+        assert any("times the critical learning rate" in str(warning.message) for warning in caught) == warned
 
 
 def test_kernel_models_refuse_transforms() -> None:

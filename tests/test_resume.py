@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from ddp_run import Recorder, flat_net
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import QUIET, data, file_size_limit, net
 from torch import Tensor, nn
 
@@ -27,6 +29,7 @@ from ntk_lightning.callbacks import (
     ResumableCheckpoint,
     StopAtTrainError,
 )
+from ntk_lightning.callbacks.resumable_checkpoint import SIGNALS
 from ntk_lightning.checkpoint_io import AtomicCheckpointIO
 from ntk_lightning.kernels import EmpiricalNTK
 from ntk_lightning.modules import FiniteNetwork, InfiniteNTKReadout, KernelReadout, LinearizedNetwork
@@ -62,7 +65,7 @@ class Stop(Callback):
 
 
 MODULES: dict[str, Callable[[], LightningModule]] = {
-    "finite": lambda: FiniteNetwork(nn.Sequential(Noise(), *flat_net()), OPTIMIZER),
+    "finite": lambda: FiniteNetwork(nn.Sequential(Noise(), flat_net()), OPTIMIZER),
     "linearized": lambda: LinearizedNetwork(net(), OPTIMIZER),
     "readout": lambda: KernelReadout(EmpiricalNTK(net()), OPTIMIZER),
     "infinite": lambda: InfiniteNTKReadout(flat_net(), OPTIMIZER, backend="reference"),
@@ -84,7 +87,7 @@ def train(
     if name == "finite":
         callbacks += [EmpiricalNTKDynamics(every_n_batches=5, optimizer=OptimizerConfig(epochs=2))]
         callbacks += [KernelDiagnostics(every_n_batches=2, probe_size=12), AfterKernel()]
-        callbacks += [InfiniteNTKFit(backend="reference")]
+        callbacks += [InfiniteNTKFit(backend="reference", network="net.1")]
     torch.manual_seed(3)
     module = MODULES[name]()
     torch.manual_seed(4)
@@ -124,6 +127,44 @@ def test_every_module_and_callback_resumes_bit_for_bit(name: str, tmp_path: Path
     check_resumed(name, tmp_path, [*stops, Stop("on_validation_batch_end", 12), Stop("on_train_end", 16)])
     written = {path.name for path in (tmp_path / "calm").rglob("*.csv")}
     assert len(written) == (6 if name == "finite" else 2)
+
+
+@pytest.mark.parametrize("name", ["finite", "readout"])
+def test_float64_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
+    check_resumed(name, tmp_path, [Stop("on_train_batch_end", 5)], precision="64-true")
+
+
+@pytest.mark.parametrize("name", ["finite", "readout"])
+def test_other_data_do_not_resume(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ChildProcessError):
+        train(name, tmp_path, Recorder(), Stop("on_train_batch_end", 5))
+    monkeypatch.setitem(globals(), "data", partial(data, subset_seed=1))
+    with pytest.raises(ValueError, match="trained on other samples"):
+        train(name, tmp_path, Recorder())
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_end"])
+def test_a_signal_outside_the_training_ends_the_run_at_once(hook: str, tmp_path: Path) -> None:
+    """Kernels are computed there, for hours maybe: nothing may swallow the signal, and the job is run again."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    step = 16 if hook == "on_train_end" else 0
+    after: list[str] = []
+
+    class Late(Callback):
+        def on_train_end(self, *_: Any) -> None:  # noqa: ANN401 - Lightning's signature
+            after.append("went on")
+
+    with pytest.raises(SystemExit) as ended:
+        train("readout", tmp_path, Recorder(), Stop(hook, step, signal.SIGUSR1), Late())
+    assert ended.value.code == 128 + signal.SIGUSR1
+    assert not after
+    assert {number: signal.getsignal(number) for number in SIGNALS} == before
+    train("readout", tmp_path, Recorder())
+
+
+def test_a_second_last_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Leave save_last out"):
+        train("readout", tmp_path, Recorder(), ModelCheckpoint(tmp_path, save_last=True))
 
 
 STEPS = {"max_epochs": -1, "min_epochs": None, "max_steps": 14}

@@ -32,7 +32,7 @@ def test_nothing_is_lost_or_wrong(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["counts.json"]
 
 
-@pytest.mark.parametrize(("damage", "tasks"), [("lost", ["study", "store"]), ("wrong", ["fit"])])
+@pytest.mark.parametrize(("damage", "tasks"), [("lost", ["study", "store"]), ("wrong", ["fit", "store"])])
 def test_what_is_lost_or_wrong_is_found_and_kept(damage: str, tasks: list[str], tmp_path: Path) -> None:
     status, counts, printed = soak(tmp_path, f"--rounds={len(tasks)}", "--tasks", *tasks, "--damage", damage)
     assert status == 1

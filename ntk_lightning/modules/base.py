@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from ntk_lightning.datamodules.base import Batch
+from ntk_lightning.datamodules.base import Batch, Samples, has_set, samples_of
 from ntk_lightning.modules.metric import LossAndError
 from ntk_lightning.objective import check_labels, encode_targets, squared_error
 from ntk_lightning.optim import OptimizerConfig
@@ -38,6 +38,17 @@ class NTKModule(LightningModule, ABC):
         self.optimizer_config = optimizer
         prefixes = nn.ModuleDict({prefix: LossAndError() for prefix in ("train/", "val/", "test/")})
         self._metrics = cast("dict[str, LossAndError]", prefixes)
+        self._train_summary: Tensor | None = None
+
+    def setup(self, stage: str) -> None:
+        """Take down what the run is trained on, so that it is not resumed on anything else.
+
+        Args:
+            stage: Only "fit" trains.
+        """
+        if stage == "fit":
+            known = has_set(self.trainer, "train")
+            self._train_summary = _summary(samples_of(self.trainer, "train")) if known else None
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -63,6 +74,11 @@ class NTKModule(LightningModule, ABC):
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ANN401
         """Measure one batch of an evaluation split."""
         splits = getattr(getattr(self.trainer, "datamodule", None), "evaluation_splits", ("val",))
+        if dataloader_idx >= len(splits):
+            raise ValueError(
+                f"Validation loader {dataloader_idx} has no name: give the data module evaluation_splits, the names of "
+                'its loaders in order, of "test" and "val".'
+            )
         self._shared_step(batch, batch_idx, splits[dataloader_idx])
 
     def test_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
@@ -91,16 +107,20 @@ class NTKModule(LightningModule, ABC):
         return self.optimizer_config.configure(self.parameters())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the sums of the epoch's training metrics so far, one row a process, and the optimizer config."""
+        """Add the sums of the epoch's training metrics so far, one row a process, the optimizer config and the data."""
         checkpoint["train_totals"] = cast(Tensor, self.all_gather(self._metrics["train/"].totals)).reshape(-1, 3).cpu()
         checkpoint["optimizer_config"] = asdict(self.optimizer_config)
+        checkpoint["train_summary"] = self._train_summary
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the sums of the training metrics.
+        """Take up the precision of the weights and the sums of the training metrics.
 
         Raises:
-            ValueError: A run is resumed with another optimizer config than it began with.
+            ValueError: A run is resumed with another optimizer config, or on other data, than it began with.
         """
+        dtypes = {value.dtype for value in checkpoint["state_dict"].values() if value.is_floating_point()}
+        if len(dtypes) == 1:  # Lightning loads them before it brings the module into the run's precision
+            self.to(dtypes.pop())
         trainer = self._trainer
         if trainer is None or trainer.state.fn != TrainerFn.FITTING:
             return
@@ -111,6 +131,12 @@ class NTKModule(LightningModule, ABC):
                     f"The checkpoint's run had {name}={value}, this one has {name}={config[name]}: resume with the "
                     "same optimizer config, or remove the checkpoint to start a new run."
                 )
+        before, now = checkpoint.get("train_summary"), self._train_summary
+        if before is not None and now is not None and not _equal_to_rounding(before, now):
+            raise ValueError(
+                "The checkpoint's run was trained on other samples than this one's: resume with the same data "
+                "module, n_train and subset_seed, or remove the checkpoint to start a new run."
+            )
         if "train_totals" in checkpoint:
             share = checkpoint["train_totals"][trainer.global_rank :: trainer.world_size]
             self._metrics["train/"].totals = share.sum(0)
@@ -144,10 +170,20 @@ class NTKModule(LightningModule, ABC):
                 f"The model must map (n, ...) to (n, num_outputs), but gave {tuple(outputs.shape)} for {len(batch.y)} "
                 "samples: end the network in a linear layer with one unit an output."
             )
-        if batch_idx == 0:
+        if batch_idx == 0 or batch.y.device.type == "cpu":  # elsewhere the check waits for the device
             check_labels(batch.y, outputs.shape[1])
         targets = encode_targets(batch.y, outputs.shape[1], outputs.dtype)
         self._metrics[f"{split}/"].update(outputs.detach(), targets)
         # DDP averages gradients over processes: this makes the average that of the whole batch, however it was cut
         loss: Tensor = squared_error(outputs, targets).sum() * (self.trainer.world_size / batch.size)
         return loss
+
+
+def _summary(samples: Samples) -> Tensor:
+    """Mean input and labels of every sample, (n, 1 + C): tells training sets apart, whatever the rounding."""
+    n = len(samples)
+    return torch.cat([samples.x.reshape(n, -1).mean(1, keepdim=True), samples.y.reshape(n, -1)], 1).float().cpu()
+
+
+def _equal_to_rounding(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3)

@@ -37,7 +37,7 @@ class LossAndError(Metric):
         """
         errors = count_errors(outputs, targets).sum()
         loss = squared_error(outputs, targets).sum()
-        totals = torch.stack([loss, errors, errors.new_tensor(len(targets))])
+        totals = torch.stack([loss, errors, errors.new_full((), len(targets))])
         self.totals = self.totals + totals  # not in place, which would round float64 to the state's float32
 
     def compute(self) -> dict[str, Tensor]:

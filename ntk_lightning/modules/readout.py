@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from lightning import Trainer
 from torch import Tensor, nn
 
-from ntk_lightning.datamodules.base import Batch, samples_of
+from ntk_lightning.datamodules.base import Batch, has_set, samples_of
 from ntk_lightning.kernels.empirical import EmpiricalNTK
 from ntk_lightning.kernels.infinite import Backend, InfiniteNTK, Kind
 from ntk_lightning.kernels.shards import sharded_gram, sharded_gram_and_cross
+from ntk_lightning.kernels.stored_grams import infinite_grams
 from ntk_lightning.modules.base import NTKModule
 from ntk_lightning.optim import OptimizerConfig, warn_above_critical
 
@@ -77,11 +79,13 @@ class KernelReadout(NTKModule):
         self.num_outputs = num_outputs
         self._gram: Tensor | None = None
         self._cross: dict[str, Tensor] = {}
-        self._allocate(0, (0,))
+        self._ddp_params_and_buffers_to_ignore = ["train_inputs"]  # the same everywhere: DDP would send it every step
+        self._allocate((0, 0))
 
-    def _allocate(self, n: int, sample_shape: tuple[int, ...]) -> None:
-        self.coefficients = nn.Parameter(torch.zeros(n, self.num_outputs, device=self.device))
-        self.register_buffer("train_inputs", torch.zeros(n, *sample_shape, device=self.device))
+    def _allocate(self, shape: Sequence[int]) -> None:
+        like: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        self.coefficients = nn.Parameter(torch.zeros(shape[0], self.num_outputs, **like))
+        self.register_buffer("train_inputs", torch.zeros(*shape, **like))
 
     def setup(self, stage: str) -> None:
         """Take the training inputs from the data module.
@@ -93,27 +97,44 @@ class KernelReadout(NTKModule):
             TypeError: The data module is not one of this package's.
             ValueError: The data module transforms its training images, which then are not in the kernel's span.
         """
+        super().setup(stage)
+        self._cross.clear()  # rows of another run's sets
         if stage != "fit":
             return
-        train_set = samples_of(self.trainer, "train")
-        if getattr(_datamodule(self.trainer), "transform", None) is not None:
+        x = samples_of(self.trainer, "train").x.to(self.train_inputs)
+        if _has_transform(self.trainer):
             raise ValueError("A kernel model cannot train on transformed images: remove the data module's transform.")
-        if self.coefficients.shape[0] != len(train_set):
-            self._allocate(len(train_set), tuple(train_set.x.shape[1:]))
-        self.train_inputs.copy_(train_set.x)
+        if not torch.equal(self.train_inputs, x):
+            self._allocate(x.shape)
+            self.train_inputs.copy_(x)
+
+    def teardown(self, stage: str) -> None:
+        """Let go of the Grams, which are the run's."""
+        self._gram = None
+        self._cross.clear()
 
     def on_fit_start(self) -> None:
-        """Compute the Gram of the training set, and an empirical kernel's rows of the others while it has gradients."""
-        self._cross.clear()
-        train = self._cast(self.train_inputs)
+        """Compute the Gram of the training set, and the rows of the other sets where that is cheaper now than later."""
+        splits = [split for split in ("test", "val") if has_set(self.trainer, split)]
+        train, *others = (self._cast(samples_of(self.trainer, split).x.to(self.device)) for split in ("train", *splits))
         with torch.no_grad():
-            if not isinstance(self.kernel, EmpiricalNTK):
-                self._gram = sharded_gram(self.kernel, train, progress=True)
-                return
-            splits = [s for s in ("test", "val") if getattr(_datamodule(self.trainer), f"{s}_set", None) is not None]
-            others = [self._cast(samples_of(self.trainer, split).x.to(self.device)) for split in splits]
-            self._gram, *cross = sharded_gram_and_cross(self.kernel, train, *others, progress=True)
-            self._cross.update(zip(splits, cross, strict=True))
+            gram, *cross = self.grams(train, others)
+        self._gram = self._cast(gram)
+        self._cross.update(zip(splits, map(self._cast, cross), strict=False))
+
+    def grams(self, train: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Compute the Gram of the training set; an empirical kernel's rows of the others too, while it has gradients.
+
+        Args:
+            train: Training inputs (n, ...).
+            others: Inputs (m, ...) of the evaluation sets.
+
+        Returns:
+            The Gram (n, n), and then the rows (m, n) of each set, or none.
+        """
+        if isinstance(self.kernel, EmpiricalNTK):
+            return sharded_gram_and_cross(self.kernel, train, *others, progress=True)
+        return (sharded_gram(self.kernel, train, progress=True),)
 
     def on_train_start(self) -> None:
         """Warn where the learning rate is above the critical one of the Gram."""
@@ -124,11 +145,11 @@ class KernelReadout(NTKModule):
         """Make room for the checkpoint's training set (see the base class)."""
         super().on_load_checkpoint(checkpoint)
         inputs = checkpoint["state_dict"]["train_inputs"]
-        self._allocate(len(inputs), tuple(inputs.shape[1:]))
+        self._allocate(inputs.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate K(x, X) a: (n, ...) to (n, num_outputs)."""
-        return self._rows(self.kernel, x) @ self.coefficients
+        return self._cast(self._rows(self.kernel, x)) @ self.coefficients
 
     def predict(self, batch: Batch, split: str) -> Tensor:
         """Evaluate the model from stored kernel rows (see the base class)."""
@@ -144,7 +165,7 @@ class KernelReadout(NTKModule):
             return super().predict(batch, split)
         if split not in self._cross:
             others = samples_of(self.trainer, split).x.to(self.device)
-            self._cross[split] = self._rows(partial(sharded_gram, self.kernel), others)
+            self._cross[split] = self._cast(self._rows(partial(sharded_gram, self.kernel), others))
         return self._cross[split][batch.indices] @ self.coefficients
 
     def _rows(self, kernel: Callable[..., Tensor], x: Tensor) -> Tensor:
@@ -166,6 +187,8 @@ class InfiniteNTKReadout(KernelReadout):
         num_outputs: Outputs of the model, which share the kernel.
         kind: "ntk", or "nngp" to train the readout only.
         backend: See :class:`~ntk_lightning.kernels.InfiniteNTK`.
+        store: Folder to keep Grams in (:class:`~ntk_lightning.kernels.KernelStore`), where an interrupted run finds the
+            finished blocks; by default none is kept.
 
     Raises:
         TypeError: The network has a layer without a closed form.
@@ -180,9 +203,19 @@ class InfiniteNTKReadout(KernelReadout):
         num_outputs: int = 1,
         kind: Kind = "ntk",
         backend: Backend = "auto",
+        store: str | None = None,
     ) -> None:
-        super().__init__(InfiniteNTK(net, kind, backend), optimizer, num_outputs)
+        kernel = InfiniteNTK(net, kind, backend)
+        super().__init__(kernel, optimizer, num_outputs)
+        self._stored = None if store is None else infinite_grams(kernel, Path(store))
+
+    def grams(self, train: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Compute the Gram of the training set; with a store, or from it, the rows of the others too."""
+        if self._stored is None or not others:
+            return super().grams(train, others)
+        gram, cross = self._stored(train, torch.cat(list(others)))
+        return gram, *torch.split(cross, [len(x) for x in others])
 
 
-def _datamodule(trainer: Trainer) -> object:
-    return getattr(trainer, "datamodule", None)
+def _has_transform(trainer: Trainer) -> bool:
+    return getattr(getattr(trainer, "datamodule", None), "transform", None) is not None

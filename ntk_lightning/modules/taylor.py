@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from ntk_lightning.datamodules.base import has_set, samples_of
+from ntk_lightning.kernels.empirical import EmpiricalNTK
 from ntk_lightning.modules.base import NTKModule
 from ntk_lightning.modules.taylor_expansion import taylor_expansion
-from ntk_lightning.optim import OptimizerConfig
+from ntk_lightning.optim import OptimizerConfig, warn_above_critical
 
 __all__ = ["LinearizedNetwork"]
+
+_PROBE = 256  # samples that the critical learning rate is estimated from
 
 
 class LinearizedNetwork(NTKModule):
@@ -21,6 +26,9 @@ class LinearizedNetwork(NTKModule):
     The term f(w0, x) is left out, as in the source paper (arXiv 2206.10012, after Lee et al., 2019, arXiv 1902.06720);
     ``include_f0`` adds it. What is trained is the displacement w - w0, which starts at 0; w0 is kept, frozen, in the
     copied network. With ``order`` k it is g_k, the Taylor expansion up to order k.
+
+    A fit at order 1 warns where the learning rate is above the critical one, which is estimated from the kernel of the
+    first 256 training samples.
 
     Args:
         net: Maps inputs (n, ...) to outputs (n, num_outputs); w0 is its current weights, copied. Frozen parameters stay
@@ -64,3 +72,14 @@ class LinearizedNetwork(NTKModule):
         w0: dict[str, Tensor] = {name: parameters[name] for name in self._names}
         displacement: dict[str, Tensor] = dict(zip(self._names, self.displacement, strict=True))
         return taylor_expansion(self.net, w0, displacement, x, self.order, self.include_f0)
+
+    def on_train_start(self) -> None:
+        """Warn where the learning rate is above the critical one of the kernel of the first training samples."""
+        if self.order > 1 or not self.trainer.is_global_zero or not has_set(self.trainer, "train"):
+            return
+        x = samples_of(self.trainer, "train").x[:_PROBE].to(self.device, cast(torch.dtype, self.dtype))
+        net = copy.deepcopy(self.net).eval()
+        for name in self._names:
+            net.get_parameter(name).requires_grad_(True)
+        with isolate_rng(), torch.no_grad():
+            warn_above_critical(EmpiricalNTK(net)(x), [self.optimizer_config], net(x[:1]).numel())
