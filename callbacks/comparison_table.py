@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ntk_lightning.callbacks.kernel_fit import Arm
-from ntk_lightning.callbacks.run import log_table, run_folder
+from ntk_lightning.callbacks.output import log_table, run_folder
 
 __all__ = ["ComparisonTable"]
 

@@ -10,16 +10,13 @@ from typing import Any
 from lightning import LightningModule, Trainer
 
 from ntk_lightning.callbacks.kernel_fit import Arm, check_sizes, fit_first, nested_grams
+from ntk_lightning.callbacks.output import check_folder, log_figure, log_metrics, log_table
 from ntk_lightning.callbacks.run import (
-    check_folder,
     count_outputs,
     epochs_between_validations,
     error_and_loss_of,
     evaluation_kernel,
     evaluation_sets,
-    log_figure,
-    log_metrics,
-    log_table,
     network,
     run_config,
     samples,

@@ -7,13 +7,11 @@ from pathlib import Path
 from lightning import Callback, LightningModule, Trainer
 
 from ntk_lightning.callbacks.kernel_fit import Arm, check_sizes, fit_nested
+from ntk_lightning.callbacks.output import check_folder, log_metrics, log_table
 from ntk_lightning.callbacks.run import (
-    check_folder,
     count_outputs,
     epochs_between_validations,
     evaluation_sets,
-    log_metrics,
-    log_table,
     network,
     run_config,
     samples,

@@ -8,16 +8,8 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
-from ntk_lightning.callbacks.run import (
-    check_folder,
-    count_outputs,
-    evaluation_kernel,
-    log_figure,
-    log_metrics,
-    log_table,
-    network,
-    samples,
-)
+from ntk_lightning.callbacks.output import check_folder, log_figure, log_metrics, log_table
+from ntk_lightning.callbacks.run import count_outputs, evaluation_kernel, network, samples
 from ntk_lightning.callbacks.scheduled import ScheduledCallback
 from ntk_lightning.kernels.diagnostics import (
     centered_kernel_alignment,

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from filelock import FileLock
 
+from ntk_lightning import files
+
 __all__ = ["cache_folder", "locked", "writing"]
+
+_ADVICE = "Make room there or choose another cache folder; what is finished is kept and the next run goes on from it"
 
 
 def cache_folder() -> Path:
@@ -23,27 +27,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ntk_lightning"
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> AbstractContextManager[None]:
     """Say what to do when the body cannot write.
 
     Args:
         path: What is being written.
 
-    Yields:
-        Nothing.
-
-    Raises:
-        OSError: The body raised one.
+    Returns:
+        Raises an OSError that says so, where the body raises one.
     """
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"Cannot write {path}: {error.strerror or error}. Make room there or choose another cache folder; what is "
-            "finished is kept and the next run goes on from it",
-        ) from error
+    return files.writing(
+        path,
+        "Make room there or choose another cache folder; what is finished is kept and the next run goes on from it",
+    )
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Literal
 
 import torch
@@ -30,18 +30,25 @@ __all__ = ["MLP", "Erf", "FiveLayerCNN", "MyrtleCNN", "NTKConv2d", "NTKLinear", 
 _MYRTLE_BLOCKS = {5: (2, 1, 1), 7: (2, 2, 2), 10: (3, 3, 3)}
 
 
+def _check_whole(owner: str, **sizes: object) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, Integral) or isinstance(size, bool):
+            raise TypeError(f"{owner} needs sizes that are whole numbers, got {name}={size!r}: give one int.")
+
+
 class _NTKLayer(nn.Module):
     """What the two affine layers share: N(0, 1) parameters and the scales that stand outside them."""
 
     def __init__(self, weight_shape: tuple[int, ...], weight_std: float, bias_std: float) -> None:
         super().__init__()
+        scales: tuple[object, ...] = weight_std, bias_std
+        if not all(isinstance(scale, Real) for scale in scales):
+            raise TypeError(f"weight_std and bias_std must be numbers, got {weight_std=} and {bias_std=}.")
         if not (0 < weight_std < math.inf and 0 <= bias_std < math.inf):
             raise ValueError(f"weight_std must be > 0 and bias_std >= 0, got {weight_std=} and {bias_std=}.")
-        if not all(isinstance(size, Integral) for size in weight_shape):
-            raise TypeError(f"{type(self).__name__} needs sizes that are whole numbers, got {weight_shape}.")
         if min(weight_shape) < 1:
             raise ValueError(f"{type(self).__name__} needs positive sizes, got a weight of shape {weight_shape}.")
-        self.weight_std, self.bias_std = weight_std, bias_std
+        self.weight_std, self.bias_std = float(weight_std), float(bias_std)
         self.fan_in = math.prod(weight_shape[1:])
         self.weight = nn.Parameter(torch.empty(weight_shape))
         self.bias = nn.Parameter(torch.empty(weight_shape[0])) if bias_std > 0 else None
@@ -73,6 +80,7 @@ class NTKLinear(_NTKLayer):
         bias_std: Standard deviation of the biases; with 0 the layer has none.
 
     Raises:
+        TypeError: A size is not a whole number, or a standard deviation not a number.
         ValueError: A size is not positive or a standard deviation is out of range.
 
     Example:
@@ -81,8 +89,9 @@ class NTKLinear(_NTKLayer):
     """
 
     def __init__(self, in_features: int, out_features: int, weight_std: float = 2**0.5, bias_std: float = 0.0) -> None:
+        _check_whole("NTKLinear", in_features=in_features, out_features=out_features)
         super().__init__((out_features, in_features), weight_std, bias_std)
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features = int(in_features), int(out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
@@ -111,7 +120,9 @@ class NTKConv2d(_NTKLayer):
         stride: Step of the filter in pixels, the same in both directions.
 
     Raises:
-        ValueError: An unknown padding, an even filter with ``"same"``, or a size that is not positive.
+        TypeError: A size is not one whole number, or a standard deviation not a number.
+        ValueError: An unknown padding, an even filter with ``"same"``, a size that is not positive, or a standard
+            deviation out of range.
 
     Example:
         >>> NTKConv2d(3, 16, 3)(torch.ones(2, 3, 8, 8)).shape
@@ -128,6 +139,8 @@ class NTKConv2d(_NTKLayer):
         bias_std: float = 0.0,
         stride: int = 1,
     ) -> None:
+        sizes = {"in_channels": in_channels, "out_channels": out_channels, "kernel_size": kernel_size, "stride": stride}
+        _check_whole("NTKConv2d", **sizes)
         if padding not in ("same", "valid"):
             raise ValueError(f'padding must be "same" or "valid", got {padding!r}.')
         if padding == "same" and kernel_size % 2 == 0:
@@ -135,8 +148,8 @@ class NTKConv2d(_NTKLayer):
         if stride < 1:
             raise ValueError(f"stride must be at least 1, got {stride}.")
         super().__init__((out_channels, in_channels, kernel_size, kernel_size), weight_std, bias_std)
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.padding, self.stride = kernel_size, padding, stride
+        self.in_channels, self.out_channels = int(in_channels), int(out_channels)
+        self.kernel_size, self.padding, self.stride = int(kernel_size), padding, int(stride)
 
     @property
     def pad(self) -> int:
@@ -157,7 +170,12 @@ class NTKConv2d(_NTKLayer):
 
 
 class Erf(nn.Module):
-    """Pointwise error function, the activation of Williams (1997), "Computing with infinite networks"."""
+    """Pointwise error function, the activation of Williams (1997), "Computing with infinite networks".
+
+    Example:
+        >>> Erf()(torch.tensor([0.0, 1.0]))
+        tensor([0.0000, 0.8427])
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply erf to every entry."""
@@ -215,12 +233,14 @@ def MLP(
         The network, mapping (n, in_features) or (n, C, H, W) with C*H*W = in_features to (n, num_outputs).
 
     Raises:
-        ValueError: ``depth`` is negative or a size is not positive.
+        TypeError: ``depth`` or a size is not a whole number, or a standard deviation not a number.
+        ValueError: ``depth`` is negative, a size is not positive or a standard deviation is out of range.
 
     Example:
         >>> MLP(width=32, depth=2, in_features=12)(torch.ones(4, 3, 2, 2)).shape
         torch.Size([4, 1])
     """
+    _check_whole("MLP", width=width, depth=depth, in_features=in_features, num_outputs=num_outputs)
     if depth < 0:
         raise ValueError(f"depth counts hidden layers and cannot be negative, got {depth}.")
     layers: list[nn.Module] = [nn.Flatten()]
@@ -255,12 +275,14 @@ def MyrtleCNN(
         The network, mapping (n, in_channels, H, W) to (n, num_outputs); H and W must be divisible by 4.
 
     Raises:
-        ValueError: ``depth`` is not 5, 7 or 10, or a size is not positive.
+        TypeError: ``depth`` or a size is not a whole number, or a standard deviation not a number.
+        ValueError: ``depth`` is not 5, 7 or 10, a size is not positive or a standard deviation is out of range.
 
     Example:
         >>> MyrtleCNN(width=8, depth=7)(torch.ones(2, 3, 32, 32)).shape
         torch.Size([2, 1])
     """
+    _check_whole("MyrtleCNN", width=width, depth=depth, in_channels=in_channels, num_outputs=num_outputs)
     if depth not in _MYRTLE_BLOCKS:
         raise ValueError(f"MyrtleCNN is defined for depth {sorted(_MYRTLE_BLOCKS)}, got {depth}.")
     first, second, third = _MYRTLE_BLOCKS[depth]
@@ -298,12 +320,14 @@ def FiveLayerCNN(
         The network, mapping (n, in_channels, H, W) to (n, num_outputs); H and W must be divisible by 8.
 
     Raises:
-        ValueError: A size is not positive.
+        TypeError: A size is not a whole number, or a standard deviation not a number.
+        ValueError: A size is not positive or a standard deviation is out of range.
 
     Example:
         >>> FiveLayerCNN(width=8, in_channels=1)(torch.ones(2, 1, 16, 16)).shape
         torch.Size([2, 1])
     """
+    _check_whole("FiveLayerCNN", width=width, in_channels=in_channels, num_outputs=num_outputs)
     layers: list[nn.Module] = []
     for _ in range(3):
         conv = NTKConv2d(width if layers else in_channels, width, 3, "same", weight_std, bias_std)

@@ -1,6 +1,7 @@
 """What test_ddp.py starts on two "machines": a run that a signal to one of its processes stops, and that goes on.
 
-ddp_resume.py FOLDER STOP, where STOP is the step after which process 1 sends itself SIGTERM, or 0.
+ddp_resume.py FOLDER STOP, where STOP is the step after which process 1 sends itself SIGTERM, or 0; or -1 for a
+training image so bright that its kernel overflows, on one process only.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ddp_run import OPTIMIZER, brighten, flat_net
 from lightning import Callback, LightningModule, Trainer
 from tiny import QUIET, data
 
-from ntk_lightning.callbacks import EmpiricalNTKDynamics, OptimalEarlyStopping, ResumableCheckpoint
+from ntk_lightning.callbacks import AfterKernel, EmpiricalNTKDynamics, ResumableCheckpoint
 from ntk_lightning.modules import FiniteNetwork
 
 
@@ -37,7 +38,7 @@ if __name__ == "__main__":
     watch = [
         ResumableCheckpoint(folder, every_n_steps=3),
         EmpiricalNTKDynamics(every_n_batches=5),
-        OptimalEarlyStopping(),
+        AfterKernel(),
     ]
     trainer = Trainer(
         **QUIET | {"enable_checkpointing": True},
@@ -48,6 +49,10 @@ if __name__ == "__main__":
         default_root_dir=folder,
         callbacks=[*watch, Stop(stop)],
     )
-    trainer.fit(module, data(37, transform=brighten))
+    datamodule = data(37, transform=brighten)
+    datamodule.setup()
+    if stop < 0:
+        datamodule.train_set.x[20] *= 1e30
+    trainer.fit(module, datamodule)
     if trainer.is_global_zero:
         torch.save(module.state_dict(), folder / "weights.pt")

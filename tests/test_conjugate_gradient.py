@@ -9,6 +9,13 @@ from torch import Tensor
 from ntk_lightning.solvers import gradient_flow, ridge
 
 N, M = 300, 40
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +33,15 @@ def dense(kernel: Tensor, targets: Tensor, regularization: float) -> Tensor:
     )
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("method", ["cholesky", "cg", "matvec"])
 @pytest.mark.parametrize("outputs", [0, 3])
-def test_equals_a_dense_solve(problem: tuple[Tensor, Tensor, Tensor], method: str, outputs: int) -> None:
-    kernel, test_kernel, labels = problem
+def test_equals_a_dense_solve(problem: tuple[Tensor, Tensor, Tensor], method: str, outputs: int, device: str) -> None:
+    kernel, test_kernel, labels = (tensor.to(device) for tensor in problem)
     if outputs:
-        labels = torch.nn.functional.one_hot(torch.arange(N + M) % 3, 4).double()  # the last class is absent
+        labels = torch.nn.functional.one_hot(
+            torch.arange(N + M, device=device) % 3, 4
+        ).double()  # the last class is absent
     expected = dense(kernel, labels[:N], 1e-5)
     operator = kernel if method != "matvec" else lambda vector: kernel @ vector
     how = "cg" if method == "matvec" else method
@@ -110,6 +120,13 @@ def test_reports_a_kernel_that_is_not_positive_definite(problem: tuple[Tensor, T
         assert ridge(bad, labels[:N], 1.1 * -smallest / N, method="cg", rank=rank).residual < 1e-9
         with pytest.raises(ValueError, match=r"not positive definite: .* at most -"):
             ridge(bad, labels[:N], 1e-6, method="cg", rank=rank)
+
+
+def test_without_regularization_cg_claims_no_condition_number(problem: tuple[Tensor, Tensor, Tensor]) -> None:
+    kernel, _, labels = problem
+    with pytest.warns(UserWarning, match=r"condition number not bounded without regularization\): raise"):
+        fit = ridge(kernel, labels[:N], method="cg", max_iterations=3, rank=10)
+    assert fit.condition_number == float("inf")
 
 
 def test_warns_when_the_residual_is_missed(problem: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -109,5 +109,9 @@ def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(tmp_p
     assert start_nodes(2, script, tmp_path / "stopped", 0) == [0, 0]
     calm, resumed = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("calm", "stopped"))
     assert all(torch.equal(weight, resumed[key]) for key, weight in calm.items())
-    for table in ("error_curve.csv", "kernel_dynamics.csv"):
+    for table in ("after_kernel.csv", "kernel_dynamics.csv"):
         assert (tmp_path / "calm" / table).read_bytes() == (tmp_path / "stopped" / table).read_bytes()
+
+
+def test_a_kernel_that_overflows_on_one_process_leaves_none_waiting(tmp_path: Path) -> None:
+    assert start_nodes(2, SCRIPT.with_name("ddp_resume.py"), tmp_path, -1) == [0, 0]

@@ -296,6 +296,20 @@ def test_malformed_arguments_are_errors(make: Callable[[], object], message: str
         make()
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_what_is_not_finite_is_an_error_in_every_call(full: bool) -> None:
+    kernel, x = EmpiricalNTK(nn.Linear(5, 2), full=full), torch.ones(3, 5)
+    x[1] = 1e25
+    calls: dict[str, Callable[[], Tensor]] = {
+        "kernel of inputs 1 and 1 is": lambda: kernel(x),
+        "diagonal entry 1 is": lambda: kernel.diag(x),
+        "product's entry 1 is .*: check v": lambda: kernel.matvec(x, torch.ones(3, 2)),
+    }
+    for message, call in calls.items():
+        with pytest.raises(FloatingPointError, match=message):
+            call()
+
+
 def test_distance_to_the_infinite_kernel_falls_like_the_square_root_of_width() -> None:
     torch.manual_seed(0)
     x = torch.randn(8, 12, dtype=torch.float64)

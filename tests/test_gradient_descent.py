@@ -10,6 +10,13 @@ from ntk_lightning.optim import OptimizerConfig, critical_learning_rate
 from ntk_lightning.solvers import gradient_descent, gradient_flow, kernel_sgd
 
 N, M = 40, 15
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+    ),
+]
 
 
 @pytest.fixture
@@ -68,8 +75,9 @@ def test_double_and_complex_roots_and_singular_kernels() -> None:
         torch.testing.assert_close(fit.coefficients, expected, rtol=1e-11, atol=0)
 
 
-def test_equals_full_batch_sgd(problem: tuple[Tensor, Tensor, Tensor]) -> None:
-    kernel, _, labels = problem
+@pytest.mark.parametrize("device", DEVICES)
+def test_equals_full_batch_sgd(problem: tuple[Tensor, Tensor, Tensor], device: str) -> None:
+    kernel, _, labels = (tensor.to(device) for tensor in problem)
     config = OptimizerConfig(lr=1.0, momentum=0.9, full_batch=True, epochs=30)
     fit = gradient_descent(kernel, labels[:N], config)
     assert fit.steps[0] == 1
@@ -77,6 +85,14 @@ def test_equals_full_batch_sgd(problem: tuple[Tensor, Tensor, Tensor]) -> None:
     sgd = kernel_sgd(kernel, labels[:N], config, eval_every=fit.steps.tolist(), evaluate_train=True)
     torch.testing.assert_close(fit.coefficients, sgd.coefficients, rtol=0, atol=1e-11)
     torch.testing.assert_close(fit.train_losses, sgd.train_losses, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("total", [1, 7, 50_000_001])
+def test_default_steps_end_at_the_last(problem: tuple[Tensor, Tensor, Tensor], total: int) -> None:
+    kernel, _, labels = problem
+    steps = gradient_descent(kernel, labels[:N], OptimizerConfig(lr=0.1, momentum=0, steps=total)).steps.tolist()
+    assert (steps[0], steps[-1]) == (1, total)
+    assert len(steps) <= 100
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -92,11 +108,12 @@ def test_diverges_above_the_critical_rate(problem: tuple[Tensor, Tensor, Tensor]
     assert fit.last_error == 1
 
 
-def test_flow_equals_the_matrix_exponential(problem: tuple[Tensor, Tensor, Tensor]) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_flow_equals_the_matrix_exponential(problem: tuple[Tensor, Tensor, Tensor], device: str) -> None:
     kernel, test_kernel, labels = problem
     times = [0.0, 0.5, 20.0, 3000.0]
-    sets = {"test_kernel": test_kernel, "test_targets": labels[N:]}
-    fit = gradient_flow(kernel, labels[:N], times, **sets)
+    sets = {"test_kernel": test_kernel.to(device), "test_targets": labels[N:]}
+    fit = gradient_flow(kernel.to(device), labels[:N], times, **sets)
     assert fit.steps.tolist() == times
     for i, time in enumerate(times):
         train = labels[:N] - torch.matrix_exp(-2 * time / N * kernel) @ labels[:N]
@@ -125,6 +142,10 @@ def test_rejects_bad_input() -> None:
     for times in ([], [-1.0], [torch.inf]):
         with pytest.raises(ValueError, match="times must be"):
             gradient_flow(kernel, targets, times)
+    with pytest.raises(TypeError, match=r"steps must be a list .*: write \[5\]"):
+        gradient_descent(kernel, targets, config, 5)  # type: ignore[arg-type]  # on purpose
+    with pytest.raises(TypeError, match=r"times must be a list .*: write \[1.5\]"):
+        gradient_flow(kernel, targets, 1.5)  # type: ignore[arg-type]  # on purpose
     with pytest.raises(ValueError, match="eigensystem"):
         gradient_flow(kernel, targets, [1.0], eigensystem=(torch.ones(2), torch.eye(2)))
     with pytest.raises(ValueError, match="together"):

@@ -67,7 +67,8 @@ def test_every_operation_equals_numpy(dtype: type) -> None:
         both[::2] + both[1::2],
         0.5 - x + 2 * x**2 + 0.25 * x**3,
     ]
-    np.testing.assert_allclose(out.reshape(10, LANES), expected, rtol=50 * np.finfo(dtype).eps, atol=1e-6)
+    rounding = 50 * float(np.finfo(dtype).eps)
+    np.testing.assert_allclose(out.reshape(10, LANES), expected, rtol=rounding, atol=rounding)
 
 
 def test_float32_meets_float64_in_float64() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from ntk_lightning.kernels.layers import (
     Activation,
@@ -67,9 +71,105 @@ def test_a_layer_without_closed_form_is_named(layer: nn.Module, named: str) -> N
         parse(nn.Sequential(NTKConv2d(3, 3, 3), layer, nn.Flatten(), NTKLinear(3, 1)))
 
 
+def test_a_layer_without_parameters_counts_wherever_it_is_used() -> None:
+    act = nn.ReLU()
+    layers = Linear(2**0.5, 0.0), Activation("relu")
+    block = Residual(nn.Sequential(act, NTKLinear(2, 2)))
+    shared = nn.Sequential(NTKLinear(2, 2), act, NTKLinear(2, 2), block, act, NTKLinear(2, 1))
+    assert parse(shared) == (*layers, layers[0], Sum(layers[::-1], ()), layers[1], layers[0])
+
+
+def repeated_layer() -> nn.Module:
+    layer = NTKLinear(2, 2)
+    return nn.Sequential(layer, nn.ReLU(), layer, nn.ReLU(), NTKLinear(2, 1))
+
+
+def repeated_block() -> nn.Module:
+    block = Residual(nn.Sequential(nn.ReLU(), NTKLinear(2, 2)))
+    return nn.Sequential(NTKLinear(2, 2), block, block, NTKLinear(2, 1))
+
+
+def one_bias() -> nn.Module:
+    net = nn.Sequential(NTKLinear(2, 2, bias_std=0.1), nn.ReLU(), NTKLinear(2, 2, bias_std=0.1), NTKLinear(2, 1))
+    net[2].bias = net[0].bias
+    return net
+
+
+@pytest.mark.parametrize("make", [repeated_layer, repeated_block, one_bias])
+def test_tied_weights_are_refused(make: Callable[[], nn.Module]) -> None:
+    with pytest.raises(TypeError, match=r"net\.2.* and net\..* share a parameter.*tied weights is not supported"):
+        parse(make())
+
+
+class Named(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(NTKLinear(2, 2), nn.ReLU(), NTKLinear(2, 1))
+
+
+class Doubled(Named):
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = 2 * self[0](x)
+        return out
+
+
+class Centered(NTKLinear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(1, keepdim=True))
+
+
+class Leaky(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.1 * x
+
+
+def replaced() -> nn.Module:
+    net = Named()
+    net[1].forward = torch.tanh
+    return net
+
+
+def test_a_subclass_that_computes_the_same_is_taken() -> None:
+    assert parse(Named()) == parse(nn.Sequential(*Named()))
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (Doubled, "net is a Doubled .* not that of Sequential"),
+        (lambda: nn.Sequential(Centered(2, 1)), r"net\.0 is a Centered"),
+        (lambda: nn.Sequential(NTKLinear(2, 2), Leaky(), NTKLinear(2, 1)), r"net\.1 is a Leaky"),
+        (replaced, r"net\.1 is a ReLU with a forward of its own"),
+        (lambda: nn.Sequential(weight_norm(NTKLinear(2, 1))), r"net\.0 has .*parametrizations"),
+    ],
+)
+def test_a_layer_that_computes_something_else_is_refused(make: Callable[[], nn.Module], named: str) -> None:
+    with pytest.raises(TypeError, match=named):
+        parse(make())
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("place", ["", "0", "1"])
+def test_hooks_are_refused_until_they_are_removed(place: str, hook: str) -> None:
+    net = Named()
+    handle = getattr(net.get_submodule(place), hook)(lambda *_: None)
+    with pytest.raises(TypeError, match=r"forward hooks.*remove them"):
+        parse(net)
+    handle.remove()
+    assert len(parse(net)) == 3
+
+
+def flat_residual(shortcut: nn.Module | None = None, after: nn.Module | None = None) -> nn.Sequential:
+    body = NTKLinear(2, 2) if shortcut is None and after is not None else nn.Sequential(nn.ReLU(), NTKLinear(2, 2))
+    ends = [NTKLinear(2, 1)] if after is None else [after, NTKLinear(2, 1)]
+    return nn.Sequential(NTKConv2d(1, 1, 3), nn.Flatten(), Residual(body, shortcut), *ends)
+
+
 @pytest.mark.parametrize(
     ("net", "advice"),
     [
+        (flat_residual(), "swap the two"),
+        (flat_residual(NTKLinear(2, 2)), "swap the two"),
+        (flat_residual(after=nn.ReLU()), "swap the two"),
         (nn.Sequential(nn.ReLU(), NTKLinear(2, 1)), "affine layer"),
         (nn.Sequential(NTKLinear(2, 2), nn.ReLU(), nn.ReLU(), NTKLinear(2, 1)), "affine layer"),
         (nn.Sequential(NTKConv2d(1, 1, 3), nn.Flatten(), nn.ReLU(), NTKLinear(2, 1)), "swap the two"),

@@ -218,6 +218,14 @@ def test_a_kernel_in_float64_trains_in_any_precision(precision: str) -> None:
     assert trainer.callback_metrics["train/loss"] < 1
 
 
+def test_mixed_precision_leaves_kernel_models_their_own() -> None:
+    losses = []
+    for precision in ("32-true", "bf16-mixed"):
+        trainer = fit(KernelReadout(EmpiricalNTK(net()), OPTIMIZER), data(), precision=precision)
+        losses.append([trainer.callback_metrics[f"{split}/loss"].item() for split in ("train", "test")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_the_training_set_is_not_sent_at_every_step_of_ddp() -> None:
     module = KernelReadout(EmpiricalNTK(net()))
     assert module._ddp_params_and_buffers_to_ignore == [name for name, _ in module.named_buffers(recurse=False)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -68,6 +69,36 @@ def test_residual_adds_its_branches() -> None:
     x = torch.randn(2, 3)
     torch.testing.assert_close(Residual(body, shortcut)(x), body(x) + shortcut(x))
     torch.testing.assert_close(Residual(body)(x), body(x) + x)
+
+
+def test_numpy_numbers_become_plain_ones() -> None:
+    layer = NTKConv2d(np.int64(2), np.int64(4), np.int64(3), stride=np.int64(2), weight_std=np.float64(1.5))
+    assert repr(layer) == repr(NTKConv2d(2, 4, 3, stride=2, weight_std=1.5))
+    kinds = [type(value) for value in (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride)]
+    assert kinds == [int] * 4
+    assert type(layer.weight_std) is float
+    assert layer(torch.ones(1, 2, 4, 4)).shape == (1, 4, 2, 2)
+    assert type(NTKLinear(np.int64(2), np.int64(3)).in_features) is int
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: NTKConv2d(3, 2, (3, 3)), r"kernel_size=\(3, 3\): give one int"),  # type: ignore[arg-type]  # on purpose
+        (lambda: NTKConv2d(3, 2, True), "kernel_size=True"),
+        (lambda: NTKConv2d(3, 2, 3, stride=1.5), "stride=1.5"),  # type: ignore[arg-type]  # on purpose
+        (lambda: NTKConv2d("3", 2, 3), "in_channels='3'"),  # type: ignore[arg-type]  # on purpose
+        (lambda: NTKLinear(2, 2.0), "out_features=2.0"),  # type: ignore[arg-type]  # on purpose
+        (lambda: NTKLinear(2, 2, "1"), "weight_std='1'"),  # type: ignore[arg-type]  # on purpose
+        (lambda: NTKLinear(2, 2, bias_std=None), "bias_std=None"),  # type: ignore[arg-type]  # on purpose
+        (lambda: MLP(4, 2.5, 3), "MLP .*depth=2.5"),  # type: ignore[arg-type]  # on purpose
+        (lambda: MyrtleCNN(depth=[5]), r"MyrtleCNN .*depth=\[5\]"),  # type: ignore[arg-type]  # on purpose
+        (lambda: FiveLayerCNN(8.0), "FiveLayerCNN .*width=8.0"),  # type: ignore[arg-type]  # on purpose
+    ],
+)
+def test_arguments_of_a_wrong_type_are_named(make: object, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make()  # type: ignore[operator]  # a table of lambdas
 
 
 @pytest.mark.parametrize(

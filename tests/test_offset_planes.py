@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ntk_lightning.kernels import reference
 from ntk_lightning.kernels.layers import Activation, Conv, Layer, Pool, check_shape, parse
-from ntk_lightning.kernels.offset_planes import finish, pixel_variances, plan, unsupported
+from ntk_lightning.kernels.offset_planes import finish, near_duplicates, pixel_variances, plan, unsupported
 from ntk_lightning.networks import MLP, Erf, FiveLayerCNN, MyrtleCNN, NTKConv2d, NTKLinear, Residual
 
 
@@ -16,7 +16,7 @@ def dense_variances(layers: tuple[Layer, ...], x: Tensor) -> list[Tensor]:
     """Variances of all pixels before each activation, one sample at a time through the whole covariance."""
     rows = []
     for image in x.split(1):
-        k, row = reference._input_covariance(image, image), []
+        k, row = reference._input_variance(image), []
         for layer in layers:
             match layer:
                 case Conv() | Pool():
@@ -62,6 +62,23 @@ def test_pixel_variances_are_float64_whatever_the_images_are() -> None:
 def test_pixel_variances_without_activation_is_empty() -> None:
     linear = nn.Sequential(NTKConv2d(1, 1, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), NTKLinear(1, 1))
     assert pixel_variances(parse(linear), torch.ones(1, 1, 4, 4)) == []
+
+
+def test_pixel_variances_are_not_negative_where_pooling_cancels() -> None:
+    pools = nn.AvgPool2d(2), nn.AvgPool2d(2)
+    net = nn.Sequential(NTKConv2d(1, 1, 3), *pools, NTKConv2d(1, 1, 3), nn.ReLU(), nn.Flatten(), NTKLinear(49, 1))
+    pattern = torch.randn(40, 1, 4, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    images = (pattern - pattern.mean(2, keepdim=True)).repeat(1, 1, 7, 28)
+    (variances,) = pixel_variances(parse(net), images)
+    assert variances.min() == 0
+    assert variances.max() > 1e-3
+
+
+def test_near_duplicates_are_close_in_direction_and_not_equal() -> None:
+    x = torch.randn(5, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    others = torch.cat([x[:1], x[:1] * 1.01, x[:1] + 1e-3, x[:1] + 1, -x[:1], x[4:]])
+    found = {i: near.tolist() for i, near in near_duplicates(x, others, 1e-2)}
+    assert found == {0: [1, 2]}
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,39 @@ def test_float32_is_close_to_float64(case: tuple[nn.Sequential, Tensor], kind: s
     assert ((gram - expected).abs() <= 5e-6 * (scale[:, None] * scale)).all()
 
 
+@pytest.mark.parametrize("activation", [Erf, nn.GELU])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dark_and_black_images_keep_their_relative_precision(activation: type[nn.Module], kind: str) -> None:
+    layers = parse(nn.Sequential(conv(3), activation(), conv(), activation(), conv(), activation(), *end()))
+    x = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    x = torch.cat([x, 0.01 * x, 0 * x[:1]])
+    expected = reference.gram(layers, x, x)[KINDS.index(kind)]
+    for dtype, rtol in ((torch.float32, 1e-6), (torch.float64, 1e-10)):
+        gram = offset_planes_cpu.gram(layers, kind, x.to(dtype), None, ignore).double()
+        torch.testing.assert_close(gram, expected, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("scale", [10, 255])
+def test_images_that_saturate_an_erf_are_computed_in_float64(scale: float) -> None:
+    layers = parse(nn.Sequential(conv(3), nn.LeakyReLU(1.5), conv(), Erf(), conv(), Erf(), *end()))
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    for pair in ((x * scale, None), (x * scale, x), (x, x * scale)):
+        gram = offset_planes_cpu.gram(layers, "ntk", *pair, ignore)
+        expected = offset_planes_cpu.gram(layers, "ntk", *(None if y is None else y.double() for y in pair), ignore)
+        assert gram.dtype == torch.float32
+        torch.testing.assert_close(gram.double(), expected, rtol=1e-7, atol=0)
+    diagonal = offset_planes_cpu.diag(layers, "ntk", x * scale).double()
+    torch.testing.assert_close(diagonal, offset_planes_cpu.diag(layers, "ntk", x.double() * scale), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gelu_of_what_pooling_cancels_is_finite(dtype: torch.dtype) -> None:
+    net = nn.Sequential(conv(1), nn.AvgPool2d(2), nn.AvgPool2d(2), conv(), nn.GELU(), *end())
+    pattern = torch.randn(20, 1, 4, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    images = (pattern - pattern.mean(2, keepdim=True)).repeat(1, 1, 7, 28).to(dtype)
+    assert torch.isfinite(offset_planes_cpu.diag(parse(net), "ntk", images)).all()
+
+
 def smooth_images(n: int) -> Tensor:
     """Correlated images with saturated regions, as photographs have: (n, 3, 32, 32) in float32."""
     generator = torch.Generator().manual_seed(7)

@@ -22,7 +22,8 @@ from ntk_lightning.kernels.layers import parse
 from ntk_lightning.kernels.offset_planes import unsupported
 from ntk_lightning.networks import Erf, FiveLayerCNN, MyrtleCNN, NTKConv2d, NTKLinear
 
-pytest.importorskip("triton", reason="Triton exists on Linux only")
+kernel = pytest.importorskip("ntk_lightning.kernels.offset_planes_triton", reason="Triton exists on Linux only")
+tl = kernel.tl
 
 
 def random(n: int, *shape: int) -> Tensor:
@@ -35,6 +36,14 @@ def alike(n: int, *shape: int) -> Tensor:
     image[..., : shape[-2] // 2, :] = 0
     noise = torch.tensor([0, 0, 1e-5, 1e-3, 2e-2, 0.1, 0.5][:n])[:, None, None, None]
     return image + noise * random(n, *shape)
+
+
+def dark(n: int, *shape: int) -> Tensor:
+    return 0.01 * random(n, *shape).abs()
+
+
+def bright(n: int, *shape: int) -> Tensor:
+    return 255 * random(n, *shape)
 
 
 def equal_pixels(n: int, *shape: int) -> Tensor:
@@ -57,6 +66,12 @@ def cnn(*layers: object, channels: int = 2) -> nn.Sequential:
             case nn.Module():
                 modules.append(layer)
     return nn.Sequential(*modules, NTKLinear(1, 1, bias_std=0.1))
+
+
+def erf_net() -> nn.Sequential:
+    """Without biases, whose variances would outweigh those of dark images."""
+    pooled = NTKConv2d(2, 2, 3), Erf(), nn.AvgPool2d(2), NTKConv2d(2, 2, 3), Erf(), nn.AdaptiveAvgPool2d(1)
+    return nn.Sequential(*pooled, nn.Flatten(), NTKLinear(2, 1))
 
 
 WARPS = {"cuda": 1, "cpu": 64}  # the interpreter takes as long for many lanes as for few
@@ -117,12 +132,18 @@ CASES = {
     ),
     "erf": Case(lambda: cnn(3, Erf(), "pool", 3, Erf(), "mean", NTKLinear(1, 1), Erf()), (2, 6, 10), (3, 0)),
     "gelu": Case(lambda: cnn(3, nn.GELU(), "pool", 3, nn.GELU(), "mean", NTKLinear(1, 1), nn.ReLU()), (2, 6, 8)),
+    "erf_dark": Case(erf_net, (2, 6, 4), (3, 0), make=dark),
+    "erf_saturated": Case(erf_net, (2, 6, 4), make=bright),
+    "head_alike": Case(lambda: cnn(3, nn.ReLU(), "mean", NTKLinear(1, 1), nn.ReLU()), (2, 3, 4), (5, 1), make=alike),
+    "head_alike_symmetric": Case(
+        lambda: cnn(3, nn.ReLU(), "mean", NTKLinear(1, 1), nn.ReLU()), (2, 3, 4), (4, 0), make=alike
+    ),
     "two_pools_last": Case(lambda: cnn(3, 3, nn.ReLU(), "pool", "pool", "flat"), (2, 8, 16), (2, 2)),
     "no_activation": Case(lambda: cnn(3, "pool", 3, "mean"), (5, 6, 6)),
 }
 
 
-DIAGONALS = ("cnn5_to_one_pixel", "erf")
+DIAGONALS = ("cnn5_to_one_pixel", "erf", "erf_dark")
 Results = dict[str, tuple[Tensor, int, Tensor | None]]
 
 
@@ -130,14 +151,38 @@ def compute(device: str, name: str) -> tuple[Tensor, int, Tensor | None]:
     return *CASES[name].compute(device), CASES[name].diagonal(device) if name in DIAGONALS else None
 
 
+def far_rows() -> Tensor:
+    """One row that a level takes from the level below, more than 2^31 entries away, at a quarter of 260x260 pixels."""
+    side, count, y, dy = 130, 260, 129, 258
+    stride = 2 * side
+
+    @kernel.triton.jit
+    def take(below, out, H: tl.constexpr, W: tl.constexpr, STRIDE: tl.constexpr, DY: tl.constexpr):  # noqa: ANN001, ANN202
+        lane = tl.arange(0, 2)
+        row = kernel._pooled_row(below + lane, DY - 2 + 0 * lane, H - 1, 0 * lane, H, W, STRIDE, DY, 1, 1)
+        tl.store(out + lane, row[0])
+
+    below = torch.empty(count, 2 * side, side, stride, dtype=torch.int8)  # the pages that nothing touches cost nothing
+    for value, row in ((4, (dy, 2 * y)), (8, (dy, 2 * y + 1)), (16, (dy + 1, 2 * y)), (32, (dy - 1, 2 * y + 1))):
+        below[row][-1, :2] = torch.tensor([value, value + 1])
+    out = torch.zeros(2)
+    take[(1,)](below, out, side, side, stride, count)
+    return out
+
+
 @pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Results:
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Tensor]:
     """What this file writes when it runs as a script."""
     path = tmp_path_factory.mktemp("interpreted") / "grams.pt"
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, __file__, str(path)], check=True, env=environment)
-    results: Results = torch.load(path, weights_only=True)
+    results: tuple[Results, Tensor] = torch.load(path, weights_only=True)
     return results
+
+
+@pytest.fixture
+def interpreted(written: tuple[Results, Tensor]) -> Results:
+    return written[0]
 
 
 def check(name: str, gram: Tensor, announced: int, diagonal: Tensor | None) -> None:
@@ -156,6 +201,10 @@ def check(name: str, gram: Tensor, announced: int, diagonal: Tensor | None) -> N
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernel_equals_reference(name: str, interpreted: Results) -> None:
     check(name, *interpreted[name])
+
+
+def test_rows_beyond_32_bits_are_found(written: tuple[Results, Tensor]) -> None:
+    assert written[1].tolist() == [3.75, 4.0]
 
 
 @pytest.mark.gpu
@@ -212,4 +261,4 @@ def test_inputs_that_it_cannot_take(dtype: torch.dtype, message: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch.save({name: compute("cpu", name) for name in CASES}, Path(sys.argv[1]))
+    torch.save(({name: compute("cpu", name) for name in CASES}, far_rows()), Path(sys.argv[1]))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ntk_lightning.kernels import EmpiricalNTK, reference
 from ntk_lightning.kernels.layers import Activation, check_shape, parse
@@ -67,6 +70,66 @@ def test_relu_of_equal_opposite_and_zero_inputs() -> None:
     nngp, slope = reference.dual_activation(Activation("relu"), k12, k11, k11)
     torch.testing.assert_close(nngp, torch.tensor([1.0, 0.0, 0.0]))
     torch.testing.assert_close(slope, torch.tensor([0.5, 0.0, 0.25]))
+
+
+def test_relu_of_tiny_huge_and_slightly_negative_variances() -> None:
+    scale = torch.tensor([1e-25, 1e25])
+    nngp, slope = reference.dual_activation(Activation("relu"), 0.5 * scale, scale, scale)
+    expected = reference.dual_activation(Activation("relu"), torch.tensor(0.5), torch.ones(()), torch.ones(()))
+    torch.testing.assert_close(nngp / scale, expected[0].expand(2))
+    torch.testing.assert_close(slope, expected[1].expand(2))
+    nngp, slope = reference.dual_activation(Activation("relu"), torch.zeros(()), torch.tensor(-1e-9), torch.ones(()))
+    assert nngp == 0
+    assert slope == 0.25
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        nn.Sequential(
+            *(NTKConv2d(1, 1, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), NTKLinear(1, 1), nn.ReLU(), NTKLinear(1, 1))
+        ),
+        nn.Sequential(nn.AvgPool2d(4), NTKConv2d(1, 1, 3), nn.ReLU(), nn.Flatten(), NTKLinear(4, 1)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_images_that_average_to_nothing_have_a_kernel_of_nothing(net: nn.Sequential, dtype: torch.dtype) -> None:
+    x = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    patches = x.unfold(2, 4, 4).unfold(3, 4, 4)
+    patches -= patches.mean((-2, -1), keepdim=True)
+    for kernel in reference.gram(parse(net), x, x):
+        assert float(kernel.abs().max()) < 1e-5
+
+
+class Largest(TorchDispatchMode):
+    """Finds how many entries the largest tensor has that an operation makes."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        out = func(*args, **(kwargs or {}))
+        self.entries = max([self.entries, *(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))])
+        return out
+
+
+def test_vectors_are_paired_without_their_products() -> None:
+    x = torch.randn(60, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with Largest() as largest:  # type: ignore[no-untyped-call]  # torch's constructor
+        nngp, _ = reference.gram(parse(NTKLinear(500, 1)), x[:40], x[40:])
+    assert largest.entries <= 40 * 500
+    torch.testing.assert_close(nngp, 2 * (x[:40, None] * x[40:]).mean(-1), rtol=1e-12, atol=1e-12)
+
+
+PIXELWISE = NTKConv2d(5, 5, 1), nn.ReLU(), NTKConv2d(5, 5, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+
+
+@pytest.mark.parametrize(
+    ("net", "shape"), [(MLP(5, 2, 300), (300,)), (nn.Sequential(*PIXELWISE, NTKLinear(5, 1)), (5, 4, 4))]
+)
+def test_the_diagonal_of_a_symmetric_gram_is_that_of_single_inputs(net: nn.Sequential, shape: tuple[int, ...]) -> None:
+    x, layers = torch.randn(50, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64), parse(net)
+    single = torch.cat([reference.gram(layers, sample, sample)[1][0] for sample in x.split(1)])
+    torch.testing.assert_close(reference.gram(layers, x, x)[1].diagonal(), single, rtol=1e-13, atol=0)
 
 
 def test_an_unknown_activation_is_refused() -> None:

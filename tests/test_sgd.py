@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +13,13 @@ from ntk_lightning.optim import OptimizerConfig, critical_learning_rate
 from ntk_lightning.solvers import KernelFit, kernel_sgd, kernel_sgd_grid, steps
 
 N, M, FEATURES = 53, 21, 12
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+    ),
+]
 
 
 @pytest.fixture
@@ -43,6 +51,7 @@ def split(features: Tensor) -> tuple[Tensor, Tensor]:
     return features[:N] @ features[:N].T, features[N:] @ features[:N].T
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("outputs", [0, 1, 3])
 @pytest.mark.parametrize(
     "optimizer",
@@ -53,9 +62,11 @@ def split(features: Tensor) -> tuple[Tensor, Tensor]:
         OptimizerConfig(lr=0.3, momentum=0.5, full_batch=True, steps=9),
     ],
 )
-def test_equals_sgd_on_the_weights(features: Tensor, labels: Tensor, optimizer: OptimizerConfig, outputs: int) -> None:
+def test_equals_sgd_on_the_weights(
+    features: Tensor, labels: Tensor, optimizer: OptimizerConfig, outputs: int, device: str
+) -> None:
     targets = labels[0] if outputs == 0 else labels[:outputs].T
-    kernel, test_kernel = split(features)
+    kernel, test_kernel = (k.to(device) for k in split(features))
     expected = weight_space(features, targets[:N], optimizer)
     every = list(range(len(expected)))
     fit = kernel_sgd(
@@ -68,7 +79,8 @@ def test_equals_sgd_on_the_weights(features: Tensor, labels: Tensor, optimizer: 
         evaluate_train=True,
     )
     assert fit.coefficients.shape == targets[:N].shape
-    torch.testing.assert_close(fit.predict(test_kernel), expected[-1][N:], rtol=0, atol=1e-12)
+    assert fit.coefficients.device == kernel.device
+    torch.testing.assert_close(fit.predict(test_kernel).cpu(), expected[-1][N:], rtol=0, atol=1e-12)
     assert fit.steps.tolist() == every
     for part, errors, losses in (
         (slice(N, None), fit.test_errors, fit.test_losses),
@@ -99,6 +111,8 @@ def test_starts_from_initial_coefficients(features: Tensor, labels: Tensor) -> N
     [
         ({}, [6, 12, 18]),
         ({"eval_every": 5}, [5, 10, 15, 18]),
+        ({"eval_every": np.int64(5)}, [5, 10, 15, 18]),
+        ({"eval_every": np.array([3, 7])}, [3, 7]),
         ({"eval_every": 100}, [18]),
         ({"eval_every": [7, 0, 3]}, [0, 3, 7]),
     ],
@@ -176,8 +190,9 @@ def test_gathered_steps_equal_compiled_ones(features: Tensor, labels: Tensor) ->
     torch.testing.assert_close(*states, rtol=0, atol=1e-13)
 
 
-def test_float32_kernel_stays_close_to_float64(features: Tensor, labels: Tensor) -> None:
-    kernel, test_kernel = split(features)
+@pytest.mark.parametrize("device", DEVICES)
+def test_float32_kernel_stays_close_to_float64(features: Tensor, labels: Tensor, device: str) -> None:
+    kernel, test_kernel = (k.to(device) for k in split(features))
     config = OptimizerConfig(lr=0.2, batch_size=10, epochs=20)
     exact = kernel_sgd(kernel, labels[0, :N], config).predict(test_kernel)
     single = kernel_sgd(kernel.float(), labels[0, :N].float(), config).predict(test_kernel)
@@ -276,6 +291,9 @@ def test_averaging_over_outputs_raises_the_critical_rate(
         ({"eval_every": 0}, "at least 1 step"),
         ({"eval_every": [100]}, "from 0 to 20"),
         ({"eval_every": []}, "from 0 to 20"),
+        ({"eval_every": True}, "whole number of steps"),
+        ({"eval_every": 2.5}, "whole number of steps"),
+        ({"eval_every": [1, 2.5]}, "whole number of steps"),
         ({"initial_coefficients": torch.zeros(3)}, "initial_coefficients"),
     ],
 )
@@ -295,6 +313,8 @@ def test_grid_rejects_bad_input() -> None:
     kernel, targets = torch.eye(4), torch.ones(2, 4)
     with pytest.raises(ValueError, match="sizes between 1 and 4"):
         kernel_sgd_grid(kernel, targets, [OptimizerConfig()], sizes=[5])
+    with pytest.raises(TypeError, match="sizes must be whole numbers"):
+        kernel_sgd_grid(kernel, targets, [OptimizerConfig()], sizes=[2.0])  # type: ignore[list-item]  # on purpose
     with pytest.raises(ValueError, match="at least one optimizer"):
         kernel_sgd_grid(kernel, targets, [])
     with pytest.raises(ValueError, match="from 0 to 20"):

@@ -142,11 +142,18 @@ def test_what_changes_the_values_changes_the_key() -> None:
         "weight_std": InfiniteNTK(MLP(5, 1, 4, weight_std=2**0.5 + 1e-9)),
         "images": InfiniteNTK(MyrtleCNN(2)),
         "empirical": EmpiricalNTK(net),
+        "output": EmpiricalNTK(net, output=0),
+        "dtype": EmpiricalNTK(net, dtype=torch.float64),
+        "features": EmpiricalNTK(net, features="bfloat16"),
+        "full": EmpiricalNTK(net, full=True),
         "double": EmpiricalNTK(MLP(5, 1, 4).double()),
         "other weights": EmpiricalNTK(MLP(5, 1, 4)),
         "fingerprint": LoggedKernel(Path()),
         "other fingerprint": SimpleNamespace(fingerprint="linear"),
     }
+    net[1].requires_grad_(False)
+    kernels["frozen"] = EmpiricalNTK(net)
+    net.requires_grad_()
     for change in ("weight", "scale", "activation", "mode"):
         kernel = EmpiricalNTK(net)
         if change == "weight":
@@ -159,6 +166,43 @@ def test_what_changes_the_values_changes_the_key() -> None:
             kernel.net.eval()
         kernels[change] = kernel
     assert len({kernel_key(kernel) for kernel in kernels.values()}) == len(kernels)
+
+
+def test_a_module_or_parameter_used_again_changes_the_key() -> None:
+    first, second, act = NTKLinear(4, 4), NTKLinear(4, 4), nn.ReLU()
+    second.load_state_dict(first.state_dict())
+    tied = NTKLinear(4, 4)
+    tied.weight = first.weight
+    nets = [(first, act), (first, act, act), (first, act, first), (first, act, second)]
+    keys = [kernel_key(EmpiricalNTK(nn.Sequential(*net))) for net in nets]
+    assert kernel_key(EmpiricalNTK(nn.Sequential(first, act, tied))) == keys[2]
+    keys += [kernel_key(EmpiricalNTK(nn.Sequential(first, second, third))) for third in (first, second)]
+    keys += [kernel_key(InfiniteNTK(nn.Sequential(first, act, second, *end, NTKLinear(4, 1)))) for end in ([], [act])]
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_has_no_name(hook: str) -> None:
+    net = MLP(5, 1, 4)
+    handle = getattr(net[1], hook)(lambda *_: None)
+    with pytest.raises(TypeError, match=r"net\.1' has forward hooks.*fingerprint"):
+        kernel_key(EmpiricalNTK(net))
+    handle.remove()
+    kernel_key(EmpiricalNTK(net))
+
+
+@pytest.mark.parametrize("make", [lambda: EmpiricalNTK(MLP(6, 2, 4)), lambda: InfiniteNTK(MLP(1, 2, 4))])
+def test_samples_in_half_precision_are_stored_in_float32(
+    tmp_path: Path, make: Callable[[], EmpiricalNTK], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, x = make(), samples(9).bfloat16() / 10
+    gram = KernelStore(tmp_path, kernel, x, block=4).gram(slice(None), progress=False)
+    assert gram.dtype == torch.float32
+    torch.testing.assert_close(gram, kernel(x))
+    free = 4 * (9 * 8 // 2)  # bytes, fewer than 45 entries of float32 and more than as many of bfloat16
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(OSError, match="needed"):
+        KernelStore(tmp_path, kernel, x + 1, block=9).compute(progress=False)
 
 
 def test_what_keeps_the_values_keeps_the_key() -> None:

@@ -9,15 +9,17 @@ import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.func import jvp, vjp
 
 from ntk_lightning.kernels.gradients import GradientRows
 from ntk_lightning.kernels.inputs import check_finite, check_inputs
 from ntk_lightning.kernels.memory import SLICE_COLUMNS, chunk_size, divide, parse_bytes
+from ntk_lightning.kernels.shards import sharded_gram, swap
+from ntk_lightning.precision import at_least_float32, own_precision
 from ntk_lightning.progress import progress_bar
 
 __all__ = ["EmpiricalNTK"]
@@ -32,7 +34,7 @@ class EmpiricalNTK(nn.Module):
 
     Jacot et al. (2018, arXiv 1806.07572). With C outputs it is the normalized trace, the mean over outputs c of
     <grad f_c(x), grad f_c(x')>. Parameters with ``requires_grad=False`` take no part, and every layer stays in the mode
-    (training or not) in which it is copied. The inputs' dtype, float32 or float64, is the precision of everything.
+    (training or not) in which it is copied. Inputs in float64 are computed in float64, all others in float32.
 
     Args:
         net: Maps (n, ...) to (n,) or (n, C). Later changes of it do not reach this kernel.
@@ -121,7 +123,7 @@ class EmpiricalNTK(nn.Module):
                 return gram
             x2, out = others[0], _empty(rows, x1, others[0])
             if len(x1) < len(x2):  # the smaller set is more likely to fit, and the other passes by once a panel
-                self._panels(rows, x1, None, [(x2, _swap(out))], progress)
+                self._panels(rows, x1, None, [(x2, swap(out))], progress)
             else:
                 self._panels(rows, x2, None, [(x1, out)], progress)
             check_finite(out, _DIVERGED)
@@ -163,6 +165,7 @@ class EmpiricalNTK(nn.Module):
         Raises:
             TypeError: The input is not a floating-point tensor.
             ValueError: Inputs are malformed or lie elsewhere than the kernel, or the memory budget is too small.
+            FloatingPointError: The network's outputs or gradients are not finite.
         """
         with self._computing(x) as (rows, (x,)):
             chunk = chunk_size(self.memory, rows, x)[0]
@@ -172,7 +175,9 @@ class EmpiricalNTK(nn.Module):
                 filled = features[: len(part)]
                 rows.fill(filled, part)
                 values.append(rows.contract(filled, filled, lambda a, b: (a * b).sum(1)))
-            return torch.cat(values)
+            diagonal = torch.cat(values)
+        check_finite(diagonal, _DIVERGED, "kernel's diagonal entry", sides=1)
+        return diagonal
 
     def matvec(self, x: Tensor, v: Tensor, x2: Tensor | None = None) -> Tensor:
         """Multiply the kernel with vectors without forming it: K(x2, x) v = J(x2) (J(x)^T v), by vjp, then jvp.
@@ -188,6 +193,7 @@ class EmpiricalNTK(nn.Module):
         Raises:
             TypeError: An input is not a floating-point tensor.
             ValueError: Inputs or v are malformed, or the memory budget is too small.
+            FloatingPointError: The network's outputs or gradients, or v, are not finite.
         """
         with self._computing(x, *([] if x2 is None else [x2])) as (rows, (x, *others)):
             outputs = len(rows.cotangents)
@@ -207,13 +213,14 @@ class EmpiricalNTK(nn.Module):
                     pushed = torch.cat([_push(rows, part, direction) for part in x2.split(chunk)])
                     product += pushed if c is None else pushed @ c
                 products.append(product)
-            return products[0] if self.full or v.dim() == 1 else torch.stack(products, 1)
+            product = products[0] if self.full or v.dim() == 1 else torch.stack(products, 1)
+        check_finite(product, f"check v; {_DIVERGED}", "product's entry", sides=1)
+        return product
 
     def sharded(self, x1: Tensor, x2: Tensor | None = None, *, progress: bool = False) -> Tensor:
         """Compute the Gram matrix on all ranks of the default process group together.
 
-        Every rank computes a block of rows; of a symmetric Gram only its upper half, in blocks of equal area. They are
-        exchanged, and all ranks end with the same bits. Call it on every rank, with the same inputs and weights.
+        See :func:`~ntk_lightning.kernels.shards.sharded_gram`. Call it on every rank, with the same inputs and weights.
 
         Args:
             x1: Inputs (n1, ...).
@@ -228,23 +235,7 @@ class EmpiricalNTK(nn.Module):
             ValueError: Inputs are malformed or lie elsewhere than the kernel, or the memory budget is too small.
             FloatingPointError: The network's outputs or gradients are not finite.
         """
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return self.forward(x1, x2, progress=progress)
-        n, ranks, rank = len(x1), distributed.get_world_size(), distributed.get_rank()
-        area = [r / ranks if x2 is not None else 1 - (1 - r / ranks) ** 0.5 for r in range(ranks + 1)]
-        start, stop = (round(n * share) for share in area[rank : rank + 2])
-        with self._computing(x1, x2) as (rows, (x1, *others)):
-            gram = _empty(rows, x1, others[0] if others else x1).zero_()
-            mine, below = x1[start:stop], x1[stop:]
-            if len(mine) and others:
-                self._panels(rows, mine, None, [(others[0], _swap(gram[start:stop]))], progress)
-            elif len(mine):
-                streams = [(below, gram[stop:, start:stop])] if len(below) else []
-                self._panels(rows, mine, gram[start:stop, start:stop], streams, progress)
-                gram[start:stop, stop:] = _swap(gram[stop:, start:stop])
-            distributed.all_reduce(gram)
-            check_finite(gram, _DIVERGED)
-        return gram
+        return sharded_gram(self, x1, x2, progress=progress)
 
     def features_error(self, x: Tensor) -> float:
         """Report what reduced ``features`` cost in accuracy, on a few inputs.
@@ -271,7 +262,7 @@ class EmpiricalNTK(nn.Module):
         check_inputs(x)
         for other in others:
             check_inputs(x, other)
-        dtype = self.dtype or torch.promote_types(x.dtype, torch.float32)
+        dtype = self.dtype or at_least_float32(x.dtype)
         for tensor in itertools.chain(self.net.parameters(), self.net.buffers()):
             if tensor.device != x.device:
                 raise ValueError(
@@ -281,8 +272,8 @@ class EmpiricalNTK(nn.Module):
             raise ValueError(f"features={self.features!r} is for float32 inputs, got {dtype}: use one or the other.")
         if self.features == "tf32" and x.device.type != "cuda":
             raise ValueError(f'features="tf32" needs a CUDA device, the inputs are on {x.device}: use "float32".')
-        modes = torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False)
-        with modes[0], modes[1], modes[2], _rounding("tf32" if self.features == "tf32" else "ieee"):
+        rounding: Literal["tf32", "ieee"] = "tf32" if self.features == "tf32" else "ieee"
+        with torch.inference_mode(False), torch.no_grad(), own_precision(x.device.type, rounding):
             xs = [t.to(dtype).clone() if t.is_inference() else t.detach().to(dtype) for t in (x, *others)]
             yield GradientRows(self.net, self.trainable, xs[0][:1], self.output, self.full), xs
 
@@ -321,43 +312,22 @@ class EmpiricalNTK(nn.Module):
                         j = min(i + plan.block, stop)
                         product = rows.contract(panel[i - start : j - start], panel[i - start :], _matmul)
                         square = product[:, : j - i]
-                        square.copy_((square + _swap(square)) / 2)
+                        square.copy_((square + swap(square)) / 2)
                         gram[i:j, i:stop] = product
-                        gram[j:stop, i:j] = _swap(product[:, j - i :])
+                        gram[j:stop, i:j] = swap(product[:, j - i :])
                     for i in range(stop, n, plan.block):
                         j = min(i + plan.block, n)
                         gram[i:j, start:stop] = rows.contract(fill(block_rows, x[i:j]), panel, _matmul)
-                        gram[start:stop, i:j] = _swap(gram[i:j, start:stop])
+                        gram[start:stop, i:j] = swap(gram[i:j, start:stop])
                 for other, out in streams:
                     for i in range(0, len(other), plan.block):
                         block = fill(block_rows, other[i : i + plan.block])
                         out[i : i + len(block), start:stop] = rows.contract(block, panel, _matmul)
 
 
-@contextmanager
-def _rounding(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
-    """Set how float32 products are rounded, whatever the caller set for training."""
-    cudnn: Any = torch.backends.cudnn  # these settings are not declared
-    mkldnn: Any = torch.backends.mkldnn
-    settings = torch.backends.cuda.matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = precision
-        yield
-    finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value
-
-
 def _empty(rows: GradientRows, x1: Tensor, x2: Tensor) -> Tensor:
     outputs = (len(rows.cotangents),) * 2 if rows.full else ()
     return x1.new_empty(len(x1), len(x2), *outputs)
-
-
-def _swap(kernel: Tensor) -> Tensor:
-    """Exchange both inputs and, where they are kept apart, both outputs."""
-    return kernel.transpose(0, 1).transpose(2, 3) if kernel.dim() == 4 else kernel.T
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:

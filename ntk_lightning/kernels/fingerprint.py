@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from ntk_lightning.kernels.infinite import InfiniteNTK
 
 __all__ = ["describe", "digest", "kernel_key"]
 
-_FORMAT = 1  # raise it when stored values change their meaning: old folders are then left alone
+_FORMAT = 2  # raise it when stored values change their meaning: old folders are then left alone
 _EXECUTION_OPTIONS = {"memory"}  # of a kernel: they change its speed, not its values
 
 
@@ -22,8 +23,9 @@ def kernel_key(kernel: Callable[..., Tensor]) -> str:
     """Name what a kernel computes, the same in every process.
 
     An infinite kernel is its layers, kind and backend; an empirical one, and any other module, is its parameters,
-    buffers and every module's class and attributes. Another callable names itself by a string attribute
-    ``fingerprint``, which also takes precedence over both. The code of a class is not part of the name.
+    buffers and every module's class and attributes, at every place where they occur. Another callable names itself by
+    a string attribute ``fingerprint``, which also takes precedence over both. The code of a class is not part of the
+    name.
 
     Args:
         kernel: An InfiniteNTK, an nn.Module, or a callable with a ``fingerprint``.
@@ -32,7 +34,7 @@ def kernel_key(kernel: Callable[..., Tensor]) -> str:
         32 hexadecimal digits.
 
     Raises:
-        TypeError: The kernel, or an attribute of its modules, has no text that names it in another process too.
+        TypeError: The kernel, or an attribute or hook of its modules, has no text that names it in another process too.
 
     Example:
         >>> from ntk_lightning.networks import MLP
@@ -68,12 +70,22 @@ def describe(kernel: Callable[..., Tensor]) -> list[str]:
             f"{kernel!r} cannot be named in a store: give it a string attribute `fingerprint` that tells its values "
             "from those of every other kernel."
         )
-    for path, module in kernel.named_modules():
+    for path, module in kernel.named_modules(remove_duplicate=False):
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise TypeError(
+                f"The kernel's module {path!r} has forward hooks, which can change its values and have no name: remove "
+                "them, or give the kernel a string attribute `fingerprint`."
+            )
         lines.append(f"{path}: {_name(type(module))}, training={module.training}")
         for name in sorted(vars(module).keys() - vars(nn.Module()).keys() - _EXECUTION_OPTIONS):
             lines.append(f"{path}.{name} = {_text(getattr(module, name), f'{path}.{name}')}")
-    for name, tensor in (*kernel.named_parameters(), *kernel.named_buffers()):
-        lines.append(f"{name}: {_text(tensor, name)}, requires_grad={tensor.requires_grad}")
+    first: dict[int, str] = {}
+    tensors = kernel.named_parameters(remove_duplicate=False), kernel.named_buffers(remove_duplicate=False)
+    for name, tensor in itertools.chain(*tensors):
+        if first.setdefault(id(tensor), name) != name:
+            lines.append(f"{name} is {first[id(tensor)]}")
+        else:
+            lines.append(f"{name}: {_text(tensor, name)}, requires_grad={tensor.requires_grad}")
     return lines
 
 

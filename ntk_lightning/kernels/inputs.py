@@ -45,17 +45,19 @@ def check_inputs(x1: Tensor, x2: Tensor | None = None) -> None:
             )
 
 
-def check_finite(kernel: Tensor, advice: str) -> None:
+def check_finite(values: Tensor, advice: str, what: str = "kernel of inputs", sides: int = 2) -> None:
     """Check that nothing overflowed while a kernel was computed.
 
     Args:
-        kernel: Of n1 and n2 inputs, (n1, n2, ...).
+        values: Of n1 and n2 inputs, (n1, n2, ...), or of one side's, (n, ...).
         advice: What to do where something did.
+        what: Name of an entry, to stand before the numbers of its inputs.
+        sides: How many leading dimensions count inputs.
 
     Raises:
         FloatingPointError: An entry is NaN or infinite.
     """
-    finite = torch.isfinite(kernel)
+    finite = torch.isfinite(values)
     if not finite.all():
-        i, j = finite.logical_not().nonzero()[0, :2].tolist()
-        raise FloatingPointError(f"The kernel of inputs {i} and {j} is NaN or infinite: {advice}.")
+        numbers = " and ".join(map(str, finite.logical_not().nonzero()[0, :sides].tolist()))
+        raise FloatingPointError(f"The {what} {numbers} is NaN or infinite: {advice}.")

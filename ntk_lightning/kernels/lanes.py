@@ -149,6 +149,14 @@ def polynomial(single: Sequence[float], double: Sequence[float]) -> Any:
 
     Returns:
         A function for compiled code, from a vector to a vector.
+
+    Example:
+        >>> import numba, numpy
+        >>> square = polynomial([0.0, 0.0, 1.0], [0.0, 0.0, 1.0])
+        >>> a = numpy.arange(16.0)
+        >>> numba.njit(lambda a: store(a, 0, square(load(a, 0))))(a)
+        >>> a[:4].tolist()
+        [0.0, 1.0, 4.0, 9.0]
     """
 
     def emit(builder: Any, x: Any) -> Any:

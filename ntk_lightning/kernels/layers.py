@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ntk_lightning.networks import Erf, NTKConv2d, NTKLinear, Residual
 
@@ -18,6 +19,10 @@ __all__ = ["Activation", "Conv", "Flatten", "GlobalAvgPool", "Layer", "Linear", 
 _SUPPORTED = (
     "NTKLinear, NTKConv2d, nn.ReLU, nn.LeakyReLU, nn.GELU (exact), Erf, nn.Identity, nn.AvgPool2d without padding, "
     "nn.AdaptiveAvgPool2d(1), nn.Flatten, Residual and nn.Sequential of these"
+)
+_CLASSES = (
+    *(nn.Sequential, Residual, NTKLinear, NTKConv2d, nn.ReLU, nn.LeakyReLU, nn.GELU, Erf),
+    *(nn.Identity, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten),
 )
 
 
@@ -81,27 +86,39 @@ def parse(net: nn.Module) -> tuple[Layer, ...]:
     """Translate a network into its layers, or say why it has no infinite-width kernel here.
 
     Args:
-        net: ``nn.Sequential`` of supported layers, or a single one.
+        net: ``nn.Sequential`` of supported layers, or a single one. Layers without parameters may occur repeatedly.
 
     Returns:
         The layers in order, identities left out.
 
     Raises:
-        TypeError: A layer has no closed form; the message names it and lists what is supported.
+        TypeError: A layer has no closed form; the message names it and lists what is supported. Or what it computes is
+            changed by a subclass, a hook or a parametrization, or weights are used twice.
         ValueError: The order of the layers has no closed form (an activation of something that is not Gaussian, say),
             or the network has no affine layer.
     """
-    layers = tuple(_translate(net, "net"))
-    _check_gaussian(layers, gaussian=False)
+    layers = tuple(_translate(net, "net", {}))
+    _check_gaussian(layers, gaussian=False, flat=False)
     if not layers or not isinstance(layers[-1], Linear):
         raise ValueError("The network must end in an NTKLinear readout to have a scalar kernel per pair of inputs.")
     return layers
 
 
-def _translate(module: nn.Module, path: str) -> list[Layer]:
+def _translate(module: nn.Module | None, path: str, owners: dict[int, str]) -> list[Layer]:
+    """Translate one module; ``owners`` are the paths of the parameters found so far, by id."""
+    if isinstance(module, _CLASSES):
+        _check_unchanged(module, path)
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in owners:
+                raise TypeError(
+                    f"{path} and {owners[id(parameter)]} share a parameter: the infinite-width limit with tied weights "
+                    "is not supported. Give each layer its own."
+                )
+            owners[id(parameter)] = path
     match module:
         case nn.Sequential():
-            return [layer for name, child in module.named_children() for layer in _translate(child, f"{path}.{name}")]
+            children = module._modules.items()  # unlike named_children(), with every use of a module
+            return [layer for name, child in children for layer in _translate(child, f"{path}.{name}", owners)]
         case NTKLinear():
             return [Linear(module.weight_std, module.bias_std)]
         case NTKConv2d():
@@ -123,9 +140,27 @@ def _translate(module: nn.Module, path: str) -> list[Layer]:
         case nn.Flatten(start_dim=1, end_dim=-1):
             return [Flatten()]
         case Residual():
-            body = tuple(_translate(module.body, f"{path}.body"))
-            return [Sum(body, tuple(_translate(module.shortcut, f"{path}.shortcut")))]
+            body, shortcut = (
+                tuple(_translate(branch, f"{path}.{name}", owners))
+                for name, branch in (("body", module.body), ("shortcut", module.shortcut))
+            )
+            return [Sum(body, shortcut)]
     raise TypeError(f"{path} is {module}, which has no infinite-width kernel here. Supported: {_SUPPORTED}.")
+
+
+def _check_unchanged(module: nn.Module, path: str) -> None:
+    """Check that a module computes what its class of ``_CLASSES`` does."""
+    known = next(kind for kind in _CLASSES if isinstance(module, kind))
+    if getattr(module.forward, "__func__", None) is not known.forward:
+        raise TypeError(
+            f"{path} is a {type(module).__name__} with a forward of its own, not that of {known.__name__}: its "
+            f"infinite-width kernel is unknown. Build it of supported layers: {_SUPPORTED}."
+        )
+    if module._forward_hooks or module._forward_pre_hooks or is_parametrized(module):
+        raise TypeError(
+            f"{path} has forward hooks or parametrizations, which can change what a {known.__name__} computes: remove "
+            "them, or make the kernel of a network without."
+        )
 
 
 def _square(size: int | tuple[int, int], path: str) -> int:
@@ -137,9 +172,8 @@ def _square(size: int | tuple[int, int], path: str) -> int:
     return height
 
 
-def _check_gaussian(layers: Sequence[Layer], gaussian: bool) -> bool:
-    """Check that every activation sees a Gaussian field, as the closed forms assume; tell whether the output is one."""
-    flat = False
+def _check_gaussian(layers: Sequence[Layer], gaussian: bool, flat: bool) -> tuple[bool, bool]:
+    """Check that activations see a Gaussian field, and not its pixels as a vector (flat); tell both of the output."""
     for layer in layers:
         match layer:
             case Linear() | Conv():
@@ -162,9 +196,9 @@ def _check_gaussian(layers: Sequence[Layer], gaussian: bool) -> bool:
                     )
                 if shortcut and not isinstance(shortcut[-1], Linear | Conv):
                     raise ValueError("The shortcut of a Residual must be the identity or end in an affine layer.")
-                _check_gaussian(body, gaussian)
-                gaussian = _check_gaussian(shortcut, gaussian)
-    return gaussian
+                _check_gaussian(body, gaussian, flat)
+                gaussian, flat = _check_gaussian(shortcut, gaussian, flat)
+    return gaussian, flat
 
 
 def check_shape(layers: Sequence[Layer], shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-r"""What the CPU and the CUDA kernel of convolutional networks share: which networks they run, and per-image work.
+r"""What the CPU and the CUDA kernel of convolutional networks share: which networks they run, and what lies around it.
 
 The covariance K[p, p'] of a pair of images is a set of planes of fixed offset p' - p; no layer but
 pooling mixes them (Novak et al., 2019, arXiv 1810.05148):
@@ -7,7 +7,8 @@ pooling mixes them (Novak et al., 2019, arXiv 1810.05148):
     activation:       pointwise, given the variances of pixel p of one image and of pixel p' of the other,
     2x2 pooling:      K[q, q'] <- 1/16 * sum over a, b in {0, 1}^2 of K[2q + a, 2q' + b]: offsets mix.
 
-Variances belong to one image, so they are computed once an image, from the few offsets that reach offset 0.
+Variances belong to one image, so they are computed once an image, from the few offsets that reach offset 0: for CUDA by
+:func:`pixel_variances`, on the CPU by the compiled code itself.
 
 Both backends, ``offset_planes_cpu`` and ``offset_planes_cuda``, have one function of the same signature,
 
@@ -21,8 +22,9 @@ dtype and the device of x1. It runs the levels of :func:`plan`, and :func:`finis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -31,9 +33,11 @@ from torch.nn import functional as F
 from ntk_lightning.kernels.layers import Activation, Conv, Flatten, GlobalAvgPool, Layer, Linear, Pool
 from ntk_lightning.kernels.reference import dual_activation
 
-__all__ = ["Plan", "Step", "finish", "pixel_variances", "plan", "unsupported"]
+__all__ = ["Plan", "Step", "finish", "near_duplicates", "pixel_variances", "plan", "saturates", "unsupported", "window"]
 
 _VARIANCE_BLOCK_BYTES = 2**22
+_DISTANCE_ROWS = 256
+_SATURATED = 100.0  # variance before an erf above which float32 does not hold the covariance of its derivatives
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,22 @@ class Plan:
     flat: bool
     head: tuple[Linear | Activation, ...]
 
-    def window(self, level: int, last: int) -> int:
-        """Largest offset at ``level`` that reaches offset 0 at level ``last``, in pixels: 0, 1, 3, 7, ..."""
-        return int(2 ** (last - level) - 1)
+
+def window(level: int, last: int) -> int:
+    """Tell the largest offset at one level that reaches offset 0 at another.
+
+    Args:
+        level: Number of the level.
+        last: Number of the later level.
+
+    Returns:
+        The offset in pixels of ``level``.
+
+    Example:
+        >>> [window(level, last=3) for level in range(4)]
+        [7, 3, 1, 0]
+    """
+    return int(2 ** (last - level) - 1)
 
 
 def unsupported(layers: Sequence[Layer], shape: tuple[int, ...]) -> str | None:
@@ -150,6 +167,10 @@ def finish(
 
     Returns:
         The kernel at the network's output, (n1, n2).
+
+    Example:
+        >>> finish([Linear(weight_std=2.0, bias_std=1.0)], "ntk", torch.ones(1, 2), torch.ones(1, 2))
+        tensor([[9., 9.]])
     """
     variances = [torch.zeros(()) if v is None else v for v in (variance1, variance2)]
     for layer in head:
@@ -161,6 +182,64 @@ def finish(
                 nngp, derivative = dual_activation(layer, nngp, variances[0][:, None], variances[1])
                 ntk, variances = ntk * derivative, [dual_activation(layer, v, v, v)[0] for v in variances]
     return ntk if kind == "ntk" else nngp
+
+
+def near_duplicates(x1: Tensor, x2: Tensor, distance: float) -> Iterator[tuple[int, Tensor]]:
+    """Find pairs of almost but not quite equal images, whose NTK float32 does not hold: it needs sqrt(1 - correlation).
+
+    Args:
+        x1: Images (n1, C, H, W).
+        x2: Images (n2, C, H, W).
+        distance: Of two images, each scaled to length one, below which they are almost equal.
+
+    Yields:
+        Each index of x1 that has such images in x2, with their indices (k,).
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0, 2.001])[:, None, None, None] * torch.eye(2)
+        >>> x[2, 0, 0, 1] = 0.01
+        >>> [(i, near.tolist()) for i, near in near_duplicates(x[:1], x, 0.1)]
+        [(0, [1, 2])]
+    """
+    unit1, unit2 = (F.normalize(x.flatten(1)) for x in (x1, x2))
+    for start in range(0, len(x1), _DISTANCE_ROWS):
+        block = unit1[start : start + _DISTANCE_ROWS]
+        near = torch.cdist(block, unit2, compute_mode="donot_use_mm_for_euclid_dist") < distance
+        for row in near.any(1).nonzero()[:, 0].tolist():
+            candidates = near[row].nonzero()[:, 0]
+            different = (x2[candidates] != x1[start + row]).flatten(1).any(1)
+            if different.any():
+                yield start + row, candidates[different]
+
+
+def saturates(network: Plan, x: Tensor) -> bool:
+    """Tell whether images are so bright that an erf is nearly a step, for which correlations near one need float64.
+
+    Args:
+        network: From :func:`plan`.
+        x: Images (n, C, H, W).
+
+    Returns:
+        Whether a bound on the variance before an erf, from the brightest pixel on, is above 100.
+
+    Example:
+        >>> from ntk_lightning.kernels.layers import parse
+        >>> from ntk_lightning.networks import Erf, NTKConv2d, NTKLinear
+        >>> net = torch.nn.Sequential(NTKConv2d(1, 1, 3), Erf(), torch.nn.Flatten(), NTKLinear(4, 1))
+        >>> [saturates(plan(parse(net)), scale * torch.ones(1, 1, 2, 2)) for scale in (1, 255)]
+        [False, True]
+    """
+    bound = float(x.square().mean(1).max())
+    for step in chain(*network.levels):
+        bound = 9 * step.weight_variance * bound + step.bias_variance
+        match step.activation:
+            case Activation("erf"):
+                if bound > _SATURATED:
+                    return True
+                bound = 1.0
+            case Activation("relu", slope):
+                bound *= max(1.0, slope**2)
+    return False
 
 
 def pixel_variances(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:
@@ -186,14 +265,14 @@ def pixel_variances(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:
     active = [i for i, level in enumerate(network.levels) if any(step.activation for step in level)]
     if not active:
         return []
-    offsets = 2 * network.window(0, active[-1]) + 1
+    offsets = 2 * window(0, active[-1]) + 1
     chunk = max(1, _VARIANCE_BLOCK_BYTES // (8 * offsets**2 * x[0, 0].numel()))
     blocks = [_pixel_variances(network, active[-1], images) for images in x.double().split(chunk)]
     return [torch.cat(variances) for variances in zip(*blocks, strict=True)]
 
 
 def _pixel_variances(network: Plan, last: int, x: Tensor) -> list[Tensor]:
-    r, (height, width) = network.window(0, last), x.shape[-2:]
+    r, (height, width) = window(0, last), x.shape[-2:]
     k = torch.einsum("nchw,ncuvhw->nuvhw", x, _shifted(x, r)) / x.shape[1]
     variances = []
     for level, steps in enumerate(network.levels[: last + 1]):
@@ -202,7 +281,7 @@ def _pixel_variances(network: Plan, last: int, x: Tensor) -> list[Tensor]:
             k = F.avg_pool2d(k.flatten(0, 2)[:, None], 3, 1, 1)[:, 0].unflatten(0, k.shape[:3])
             k = (9 * step.weight_variance * k + step.bias_variance) * inside
             if step.activation:
-                variance = k[:, r, r]
+                variance = k[:, r, r].clamp_min(0)  # where pooling cancels, rounding may leave less
                 variances.append(variance)
                 k = dual_activation(step.activation, k, variance[:, None, None], _shifted(variance, r))[0] * inside
         if level < last:

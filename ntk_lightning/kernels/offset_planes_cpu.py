@@ -7,8 +7,8 @@ over the few offsets that pooling carries to offset 0. That costs a third of a p
 
 The NTK is most sensitive to rounding where correlations are near one: at equal pixels of similar images, and after some
 layers everywhere. Where such covariances weigh much and cost little, they are always computed in float64: in networks
-that end in ``nn.Flatten``, on few pixels, after the second pooling, which leaves 1/256 of the covariances, and for
-pairs of images that are almost but not quite the same.
+that end in ``nn.Flatten``, on few pixels, after the second pooling, which leaves 1/256 of the covariances, for pairs of
+images that are almost but not quite the same, and for images so bright that an ``Erf`` is nearly a step.
 
 Longer than 300 lines, since the plan of a network's stages and its execution share their layout.
 """
@@ -28,7 +28,7 @@ from torch import Tensor
 from ntk_lightning.kernels import tiles
 from ntk_lightning.kernels.lanes import LANES
 from ntk_lightning.kernels.layers import Activation, Layer
-from ntk_lightning.kernels.offset_planes import Plan, finish, plan
+from ntk_lightning.kernels.offset_planes import Plan, finish, near_duplicates, plan, saturates, window
 
 __all__ = ["diag", "gram"]
 
@@ -81,7 +81,7 @@ class _Program:
         levels: list[tuple[float, ...]] = []
         steps: list[tuple[float, ...]] = []
         cuts = []
-        for depth, window in enumerate(reach):
+        for depth, offset in enumerate(reach):
             height, width = shape[1] >> depth, shape[2] >> depth
             deep = int(depth >= _DEEP or (depth > 0 and height * width <= _FEW))
             lanes1, lanes = self._lanes(width)
@@ -101,7 +101,7 @@ class _Program:
             store_gap = height**2 * (rows + 1) * lanes + 2 * border if depth else 0
             at[deep] = store + 2 * store_gap
             neighbour, tiny = 1 if self.flat else lanes + 1, rounding * (0.01 if deep else 1.1)
-            numbers = height, width, rows, lanes, neighbour, lanes1, first, count, min(window, height - 1)
+            numbers = height, width, rows, lanes, neighbour, lanes1, first, count, min(offset, height - 1)
             levels.append((*numbers, deep, cut, scratch, span, store, store_gap, tiny))
         every = self.flat or reach[-1] > 0
         self.levels, self.steps = np.array(levels, _LEVEL), np.array(steps, _STEP)
@@ -173,11 +173,18 @@ def gram(layers: Sequence[Layer], kind: str, x1: Tensor, x2: Tensor | None, adva
 
     Returns:
         The kernel of all pairs, (n1, n2).
+
+    Example:
+        >>> from ntk_lightning.kernels.layers import parse
+        >>> from ntk_lightning.networks import MyrtleCNN
+        >>> gram(parse(MyrtleCNN()), "nngp", torch.ones(2, 3, 8, 8), None, lambda entries: None).shape
+        torch.Size([2, 2])
     """
     network, fields = plan(layers), 1 if kind == "nngp" else 2
     whole = any(isinstance(layer, Activation) for layer in network.head)
     result = x1.new_empty(len(x1), len(x1 if x2 is None else x2))
-    x1, x2 = _widened(network, x1), None if x2 is None else _widened(network, x2)
+    if _in_double(network, x1) or (x2 is not None and _in_double(network, x2)):
+        x1, x2 = x1.double(), None if x2 is None else x2.double()
     tables1, own1 = _with_itself(network, x1, fields, whole)
     tables2, own2 = (tables1, own1) if x2 is None else _with_itself(network, x2, fields, whole)
     reach = _reach(network, len(network.levels), network.flat)
@@ -206,7 +213,7 @@ def gram(layers: Sequence[Layer], kind: str, x1: Tensor, x2: Tensor | None, adva
     for finished in _parallel(block, blocks):
         advance(finished)
     if kind == "ntk" and x1.dtype == torch.float32:
-        for i, near in _almost_equal(x1, x1 if x2 is None else x2):
+        for i, near in near_duplicates(x1, x1 if x2 is None else x2, _NEAR):
             j = near if x2 is not None else near[near > i]
             if len(j):
                 exact = gram(
@@ -228,27 +235,23 @@ def diag(layers: Sequence[Layer], kind: str, x: Tensor) -> Tensor:
 
     Returns:
         The diagonal of the Gram of x, (n,).
+
+    Example:
+        >>> from ntk_lightning.kernels.layers import parse
+        >>> from ntk_lightning.networks import MyrtleCNN
+        >>> diag(parse(MyrtleCNN()), "nngp", torch.zeros(2, 3, 8, 8))
+        tensor([0., 0.])
     """
     network = plan(layers)
-    own = _with_itself(network, _widened(network, x), 1 if kind == "nngp" else 2, whole=True)[1]
+    images = x.double() if _in_double(network, x) else x
+    own = _with_itself(network, images, 1 if kind == "nngp" else 2, whole=True)[1]
     kernel = finish(network.head, kind, own[:, :1], own[:, 1:], own[:, 0], own[:, :1])
     return kernel[:, 0].to(x.dtype)
 
 
-def _almost_equal(x1: Tensor, x2: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield each index of x1 that has almost equal images in x2, with their indices."""
-    unit1, unit2 = (torch.nn.functional.normalize(x.flatten(1)) for x in (x1, x2))
-    for start in range(0, len(unit1), 256):
-        near = unit1[start : start + 256] @ unit2.T > 1 - _NEAR**2 / 2
-        for row in near.any(1).nonzero()[:, 0].tolist():
-            candidates = near[row].nonzero()[:, 0]
-            candidates = candidates[(x2[candidates] != x1[start + row]).flatten(1).any(1)]
-            yield start + row, candidates
-
-
-def _widened(network: Plan, x: Tensor) -> Tensor:
-    """The images in float64 where already the first level is to be computed in it."""
-    return x.double() if network.flat or x[0, 0].numel() <= _FEW else x
+def _in_double(network: Plan, x: Tensor) -> bool:
+    """Whether already the first level is to be computed in float64."""
+    return network.flat or x[0, 0].numel() <= _FEW or saturates(network, x)
 
 
 def _with_itself(network: Plan, x: Tensor, fields: int, whole: bool) -> tuple[Arrays, Tensor]:
@@ -280,7 +283,7 @@ def _with_itself(network: Plan, x: Tensor, fields: int, whole: bool) -> tuple[Ar
 
 def _reach(network: Plan, levels: int, diagonal: bool) -> list[int]:
     """Offsets that are needed at each of the first levels, for offset 0 at the last of them or for all offsets."""
-    return [network.window(level, levels - 1) if diagonal else _ALL for level in range(levels)]
+    return [window(level, levels - 1) if diagonal else _ALL for level in range(levels)]
 
 
 def _side_by_side(width: int, rows: int, available: int) -> int:

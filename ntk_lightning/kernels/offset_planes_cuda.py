@@ -17,9 +17,10 @@ convolution is a circular box filter over y and x that is cut where y, y', x or 
 - Images and standard deviations are extended circularly, so offsets never wrap and addresses are immediate.
 
 Computing is in float32. An NTK needs sqrt(1 - r) of correlations r, so pairs of nearly equal, not equal images run in
-float64. Inputs in float64 raise: ``backend="auto"`` has to take the reference for them. Import this module lazily:
-Triton exists on Linux only. The first Gram of an architecture compiles for up to a minute or so; Triton keeps the
-result on disk. ``TRITON_INTERPRET=1`` runs the kernel on tensors in main memory.
+float64, and so do images so bright that an ``Erf`` is nearly a step. Inputs in float64 raise: ``backend="auto"`` has to
+take the reference for them. Import this module lazily: Triton exists on Linux only. The first Gram of an architecture
+compiles for up to a minute or so; Triton keeps the result on disk. ``TRITON_INTERPRET=1`` runs the kernel on tensors in
+main memory.
 """
 
 from __future__ import annotations
@@ -36,12 +37,11 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.nn import functional as F
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ntk_lightning.kernels.layers import Activation, Layer
-from ntk_lightning.kernels.offset_planes import Plan, finish, pixel_variances, plan
+from ntk_lightning.kernels.offset_planes import Plan, finish, near_duplicates, pixel_variances, plan, saturates, window
 from ntk_lightning.kernels.offset_planes_triton import level
 
 __all__ = ["Tiling", "compile_levels", "diag", "gram"]
@@ -101,13 +101,14 @@ def gram(
     """
     work, symmetric = _Work(layers, kind, x1, tiling), x2 is None
     x2 = x1 if x2 is None else x2
+    out = x1.new_empty(len(x1), len(x2))
+    if saturates(work.network, x1) or saturates(work.network, x2):
+        x1, x2 = x1.double(), x2.double()
     with torch.cuda.device_of(x1):
         tables1 = work.tables(x1)
         tables2 = tables1 if symmetric else work.tables(x2)
-        variance1 = work.selves(tables1)[:, 0] if work.head_is_active else x1.new_empty(len(x1))
-        variance2 = work.selves(tables2)[:, 0] if work.head_is_active else x1.new_empty(len(x2))
-        unit1, unit2 = F.normalize(x1.flatten(1)), F.normalize(x2.flatten(1))
-        out = x1.new_empty(len(x1), len(x2))
+        variance1 = work.head_variances(tables1)
+        variance2 = variance1 if symmetric else work.head_variances(tables2)
         rows = torch.arange(len(x1), device=x1.device)
         ends = (len(x2) - symmetric * rows).cumsum(0)  # of the rows, in the list of all pairs
         pairs = int(ends[-1])
@@ -115,20 +116,19 @@ def gram(
             index = torch.arange(begin, min(begin + work.batch, pairs), device=x1.device)
             i = torch.searchsorted(ends, index, right=True)
             j = len(x2) - ends[i] + index
-            means = work.means(tables1, tables2, i, j)
-            top, bottom = int(i[0]), int(i[-1]) + 1
-            distances = torch.cdist(unit1[top:bottom], unit2, compute_mode="donot_use_mm_for_euclid_dist")
-            distances = distances[i - top, j]
-            close = ((distances > 0) & (distances < _NEAR)).nonzero()[:, 0]
-            for part in close.split(_DOUBLE_PAIRS) if len(close) else ():
-                doubles = work.tables(x1[i[part]].double()), work.tables(x2[j[part]].double())
-                means[part] = work.means(*doubles, *[torch.arange(len(part), device=x1.device)] * 2)
-            nngp, ntk = means[:, :1], means[:, -1:]
-            result = finish(work.network.head, kind, nngp, ntk, variance1[i], variance2[j, None])[:, 0].float()
-            out[i, j] = result
+            out[i, j] = work.kernel(tables1, tables2, variance1, variance2, i, j)
             if symmetric:
-                out[j, i] = result
+                out[j, i] = out[i, j]
             advance(len(index) + symmetric * int((i != j).sum()))  # waits for the device, so the progress is real
+        for row, near in near_duplicates(x1, x2, _NEAR) if kind == "ntk" and x1.dtype == torch.float32 else ():
+            near = near[near > row] if symmetric else near
+            for part in near.split(_DOUBLE_PAIRS) if len(near) else ():
+                tables1, tables2 = work.tables(x1[row : row + 1].double()), work.tables(x2[part].double())
+                variance1, variance2 = work.head_variances(tables1), work.head_variances(tables2)
+                j = torch.arange(len(part), device=x1.device)
+                out[row, part] = work.kernel(tables1, tables2, variance1, variance2, 0 * j, j)
+                if symmetric:
+                    out[part, row] = out[row, part]
     return out
 
 
@@ -149,7 +149,7 @@ def diag(layers: Sequence[Layer], kind: str, x: Tensor, tiling: Tiling = Tiling(
     """
     work = _Work(layers, kind, x, tiling)
     with torch.cuda.device_of(x):
-        means = work.selves(work.tables(x))
+        means = work.selves(work.tables(x.double() if saturates(work.network, x) else x))
         nngp, ntk = means[:, :1], means[:, -1:]
         return finish(work.network.head, kind, nngp, ntk, nngp[:, 0], nngp)[:, 0].float()
 
@@ -208,7 +208,7 @@ class _Work:
             )
         if not x.is_cuda and not triton.knobs.runtime.interpret:
             raise ValueError(f'backend="cuda" needs images on a CUDA device, got {x.device}: call .cuda() first.')
-        self.layers, self.network, self.tiling = layers, plan(layers), tiling
+        self.layers, self.kind, self.network, self.tiling = layers, kind, plan(layers), tiling
         self.launches = _launches(self.network, kind, tuple(x.shape[1:]), tiling)
         self.batch = max(1, min(_BATCH_PAIRS, tiling.workspace_bytes // (4 * math.prod(self.launches[-1].shape))))
         self.head_is_active = any(isinstance(layer, Activation) for layer in self.network.head)
@@ -257,14 +257,33 @@ class _Work:
         same = torch.arange(len(tables[0]), device=tables[0].device)
         return torch.cat([self.means(tables, tables, i, i) for i in same.split(self.batch)])
 
+    def head_variances(self, tables: list[Tensor]) -> Tensor:
+        """NNGP of every image with itself before the head, (n,) in float64; zeros where the head does not need it."""
+        return self.selves(tables)[:, 0] if self.head_is_active else tables[0].new_zeros(len(tables[0]))
+
+    def kernel(
+        self,
+        tables1: list[Tensor],
+        tables2: list[Tensor],
+        variance1: Tensor,
+        variance2: Tensor,
+        index1: Tensor,
+        index2: Tensor,
+    ) -> Tensor:
+        """The kernel of pairs of images, (pairs,) in float32."""
+        means = self.means(tables1, tables2, index1, index2)
+        nngp, ntk = means[:, :1], means[:, -1:]
+        head = self.network.head
+        return finish(head, self.kind, nngp, ntk, variance1[index1], variance2[index2, None])[:, 0].float()
+
 
 def _launches(network: Plan, kind: str, shape: tuple[int, ...], tiling: Tiling) -> list[_Launch]:
     """Plan the levels."""
     channels, height, width = shape
     last, launches, below = len(network.levels) - 1, list[_Launch](), (1, 0)
     for number, steps in enumerate(network.levels):
-        window, next_window = (network.window(n, last) if network.flat else None for n in (number, number + 1))
-        dy, dx, next_dx = _offsets(height, window), _offsets(width, window), _offsets(width // 2, next_window)
+        reach, next_reach = (window(n, last) if network.flat else None for n in (number, number + 1))
+        dy, dx, next_dx = _offsets(height, reach), _offsets(width, reach), _offsets(width // 2, next_reach)
         pool, tensors = number < last, 1 + (kind == "ntk")
         columns = triton.cdiv(width, triton.cdiv(width, tiling.columns if number == 0 else max(2, tiling.columns // 2)))
         columns += pool * columns % 2
@@ -292,6 +311,6 @@ def _launches(network: Plan, kind: str, shape: tuple[int, ...], tiling: Tiling) 
     return launches
 
 
-def _offsets(side: int, window: int | None) -> tuple[int, int]:
+def _offsets(side: int, reach: int | None) -> tuple[int, int]:
     """Number of offsets in one direction, and the radius where they are not all offsets of the circle."""
-    return (side, 0) if window is None or 2 * window + 1 >= side else (2 * window + 1, window)
+    return (side, 0) if reach is None or 2 * reach + 1 >= side else (2 * reach + 1, reach)

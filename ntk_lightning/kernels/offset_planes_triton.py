@@ -9,7 +9,7 @@ over x, the filter over y is
 so each convolution keeps s and h of one row and lags one row; after the last row the walk goes round to the first ones.
 """
 
-# ruff: noqa: ANN001, ANN201, ANN202, RUF005, SIM108 - Triton compiles a subset of Python in which types are not written down
+# ruff: noqa: ANN001, ANN201, ANN202, RUF005 - Triton compiles a subset of Python in which types are not written down
 # mypy: disable-error-code="assignment, no-untyped-def, untyped-decorator"
 
 import triton
@@ -28,23 +28,36 @@ _ARCCOS_DOUBLE = tl.constexpr(  # to 2e-12
         *(0.03367037510622571, -0.05079189407253996, 0.0890485816918372, -0.21460183588226064, 1.570796326792771),
     )
 )
+_ARCCOS_SLOPE = tl.constexpr(  # (arccos(a) / sqrt(1 - a) - pi / 2) / a on [0, 1] to 2e-8
+    (
+        *(0.0009364871056050106, -0.004957686192362587, 0.012578687615310002, -0.021991731497068123),
+        *(0.03313650323782591, -0.05072887276779321, 0.08904567440855382, -0.21460181371733314),
+    )
+)
 
 
 @triton.jit
 def _arcsin_root(r, NAMES: tl.constexpr, S: tl.constexpr):
     """Compute arcsin(r) and sqrt(1 - r^2), with arccos(a) = sqrt(1 - a) * polynomial."""
     ARCCOS: tl.constexpr = _ARCCOS if r.dtype == tl.float32 else _ARCCOS_DOUBLE
+    SLOPE: tl.constexpr = _ARCCOS_SLOPE if r.dtype == tl.float32 else _ARCCOS_DOUBLE
     NOISE: tl.constexpr = 4e-7 if r.dtype == tl.float32 else 1e-15
     a = tl.abs(r)
     if NAMES[S] == "relu":
         gap = tl.where(a < 1 - NOISE, 1 - a, 0.0)  # the square root would blow up the rounding of r = 1
+        polynomial = ARCCOS[0]
+        for n in tl.static_range(1, 8 if r.dtype == tl.float32 else 13):
+            polynomial = ARCCOS[n] + a * polynomial
+        arcsin = 1.5707963267948966 - tl.sqrt(gap) * polynomial
+        arcsin = tl.where(r < 0, -arcsin, arcsin)
     else:
         gap = tl.maximum(1 - a, NOISE)  # divided by; this small by rounding only
-    polynomial = ARCCOS[0]
-    for n in tl.static_range(1, 8 if r.dtype == tl.float32 else 13):
-        polynomial = ARCCOS[n] + a * polynomial
-    arcsin = 1.5707963267948966 - tl.sqrt(gap) * polynomial
-    return tl.where(r < 0, -arcsin, arcsin), tl.sqrt(gap * (1 + a))
+        slope = SLOPE[0]
+        for n in tl.static_range(1, 8 if r.dtype == tl.float32 else 12):
+            slope = SLOPE[n] + a * slope
+        root = tl.sqrt(gap)
+        arcsin = r * (1.5707963267948966 / (1 + root) - root * slope)  # to relative precision, for dark images
+    return arcsin, tl.sqrt(gap * (1 + a))
 
 
 @triton.jit
@@ -105,9 +118,10 @@ def _image_row(image1, image2, CHANNELS: tl.constexpr, PLANE: tl.constexpr, WIDT
 @triton.jit
 def _pooled_row(below, dy, y, start, H, W, STRIDE, DY_COUNT, STEPS, WIDTH: tl.constexpr):
     """Sum over the four (dy, y) of the level below that make a row of this one, divided by the entries of its pools."""
-    row1 = below + ((dy + DY_COUNT) % DY_COUNT * 2 * H + 2 * y) * W * STRIDE
-    row2 = below + ((dy + DY_COUNT + 1) % DY_COUNT * 2 * H + 2 * y) * W * STRIDE
-    row3 = below + ((dy + DY_COUNT - 1) % DY_COUNT * 2 * H + 2 * y + 1) * W * STRIDE
+    below += 2 * y * W * STRIDE
+    row1 = below + ((dy + DY_COUNT) % DY_COUNT).to(tl.int64) * (2 * H * W * STRIDE)  # beyond 2^31 at 256x256 pixels
+    row2 = below + ((dy + DY_COUNT + 1) % DY_COUNT).to(tl.int64) * (2 * H * W * STRIDE)
+    row3 = below + ((dy + DY_COUNT - 1) % DY_COUNT).to(tl.int64) * (2 * H * W * STRIDE) + W * STRIDE
     row = ()
     for k in tl.static_range(WIDTH):
         x = (start + k + (W - 1) * STEPS) % W * STRIDE

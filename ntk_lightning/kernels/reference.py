@@ -63,7 +63,7 @@ def dual_activation(activation: Activation, k12: Tensor, k11: Tensor, k22: Tenso
     """
     match activation.name:
         case "relu":
-            scale = (k11 * k22).sqrt()
+            scale = k11.clamp_min(0).sqrt() * k22.clamp_min(0).sqrt()  # rounding can leave a zero variance below zero
             r = torch.where(scale > 0, k12 / scale, 0).clamp(-1, 1)
             even, odd = (1 - activation.negative_slope) / 2, (1 + activation.negative_slope) / 2
             root = ((1 - r) * (1 + r)).sqrt()
@@ -91,22 +91,27 @@ def gram(layers: Sequence[Layer], x1: Tensor, x2: Tensor) -> tuple[Tensor, Tenso
     Args:
         layers: From :func:`ntk_lightning.kernels.layers.parse`, with shapes checked.
         x1: Inputs (n1, d) or (n1, C, H, W).
-        x2: Inputs (n2, d) or (n2, C, H, W) of the same dtype.
+        x2: Inputs (n2, d) or (n2, C, H, W) of the same dtype; x1 itself for its symmetric Gram.
 
     Returns:
         NNGP and NTK, each (n1, n2).
     """
-    nngp = _input_covariance(x1[:, None], x2[None])
-    fields = _Fields(nngp, torch.zeros_like(nngp), _input_covariance(x1, x1), _input_covariance(x2, x2))
+    nngp = _input_covariance(x1, x2)
+    fields = _Fields(nngp, torch.zeros_like(nngp), _input_variance(x1), _input_variance(x2))
+    if x1 is x2:
+        nngp.diagonal().copy_(fields.self1.movedim(0, -1))  # equal to the last bit, so that correlations are one
     fields = _apply(layers, fields)
     return fields.nngp, fields.ntk
 
 
 def _input_covariance(x1: Tensor, x2: Tensor) -> Tensor:
-    """Mean over channels of all products of pixels: (..., C, H, W) -> (..., H, W, H, W); (..., d) -> (...)."""
-    if x1.dim() < 4:
-        return (x1 * x2).mean(-1)
-    return torch.einsum("...chw,...cij->...hwij", x1, x2) / x1.shape[-3]
+    """Mean over channels of all products of pixels, (n1, n2, H, W, H, W); of vectors, (n1, n2)."""
+    return (torch.einsum("achw,bcij->abhwij", x1, x2) if x1.dim() == 4 else x1 @ x2.T) / x1.shape[1]
+
+
+def _input_variance(x: Tensor) -> Tensor:
+    """Covariance of every input with itself, (n, H, W, H, W); of vectors, (n,)."""
+    return torch.einsum("nchw,ncij->nhwij", x, x) / x.shape[1] if x.dim() == 4 else (x * x).mean(1)
 
 
 def _apply(layers: Sequence[Layer], k: _Fields) -> _Fields:

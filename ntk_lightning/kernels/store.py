@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from ntk_lightning.kernels.fingerprint import describe, digest, kernel_key
 from ntk_lightning.kernels.inputs import check_inputs
+from ntk_lightning.precision import at_least_float32
 from ntk_lightning.progress import progress_bar
 
 __all__ = ["BlockId", "KernelStore", "compute_on_ray"]
@@ -213,7 +214,8 @@ class KernelStore:
             probe = self._temporary()
             probe.mkdir()
             probe.rmdir()
-            needed, free = sum(map(self._pairs, pending)) * self.x.element_size(), shutil.disk_usage(self.folder).free
+            needed = sum(map(self._pairs, pending)) * at_least_float32(self.x.dtype).itemsize
+            free = shutil.disk_usage(self.folder).free
             if needed > free:
                 raise OSError(errno.ENOSPC, f"{needed / 2**20:,.1f} MiB needed, {free / 2**20:,.1f} MiB free")
         except OSError as error:
@@ -355,7 +357,7 @@ def compute_on_ray(
     store._prepare(pending)
     started = not ray.is_initialized()
     if started:
-        ray.init(address=address)
+        ray.init(address=address or os.environ.get("RAY_ADDRESS", "local"))  # None would look for old clusters first
     threads = str(max(1, int(num_cpus)))
     options: dict[str, Any] = {
         "num_cpus": num_cpus,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from ntk_lightning.kernels.infinite import InfiniteNTK
-from ntk_lightning.kernels.shards import place, sharded_gram
+from ntk_lightning.kernels.shards import gather_or_raise, place, sharded_gram
 from ntk_lightning.kernels.store import KernelStore
 
 __all__ = ["infinite_grams"]
@@ -39,8 +40,7 @@ def infinite_grams(
         rank, processes = place()
         if processes > 1:
             needed = [(i, j) for i, j in stored.block_ids if (j + 1) * stored.block > len(x_other)]
-            stored.compute(needed, rank=rank, world_size=processes, progress=progress)
-            distributed.barrier()
+            gather_or_raise(partial(stored.compute, needed, rank=rank, world_size=processes, progress=progress))
         return stored.gram(train, progress=progress), stored.gram(other, train, progress=progress)
 
     return grams

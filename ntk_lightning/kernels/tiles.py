@@ -65,9 +65,17 @@ def _arccos(t: Any) -> Any:
 
 
 # With t = |r| and one square root, root = sqrt(1 - t):
-#     arcsin(t) = pi/2 (1 - root arc(t)),    sqrt(1 - r^2) + r arcsin(r) = pi/2 (t + root arc_integral(t)).
+#     arcsin(t) = pi/2 (1 - root arc(t)),    sqrt(1 - r^2) + r arcsin(r) = pi/2 (t + root arc_integral(t)),
+# and, without the cancellation at small t, arcsin(t) = pi/2 t (1 / (1 + root) - root arc_slope(t)).
 _arc = _fit(_arccos)
 _arc_integral = _fit(lambda t: (2 / np.pi) * np.sqrt(1 + t) - t * _arccos(t))
+_arc_slope = _fit(lambda t: (_arccos(t) - 1) / t)
+
+
+@_inlined
+def _arcsin(r: Vector, t: Vector, root: Vector) -> Vector:
+    """2/pi arcsin(r) to relative precision, which the covariances of dark images need."""
+    return r * (1.0 / (1.0 + root) - root * _arc_slope(t))
 
 
 @_compiled
@@ -77,7 +85,7 @@ def _scales(kind: int, even: float, variance: float) -> tuple[float, float]:
         return (1 / math.sqrt(variance), math.sqrt(even * variance)) if variance > 0 else (0.0, 0.0)
     if kind == ERF:
         return 1 / math.sqrt(1 + 2 * variance), 0.0
-    return 1 / math.sqrt(1 + variance), math.sqrt(variance)
+    return 1 / math.sqrt(1 + variance), math.sqrt(max(variance, 0.0))  # where pooling cancels, rounding may leave less
 
 
 @_inlined
@@ -104,12 +112,11 @@ def _activate(
         r = 2.0 * (k * scale)
         t = absolute(r)
         u = above(1.0 - t, tiny, tiny)
-        mean = copysign(1.0 - sqrt(u) * _arc(t), r)
-        return mean, (4 / math.pi) * scale / sqrt(u * (1.0 + t))
+        return _arcsin(r, t, sqrt(u)), (4 / math.pi) * scale / sqrt(u * (1.0 + t))
     r = k * scale
     t = absolute(r)
     u = above(1.0 - t, tiny, tiny)
-    orthant = 0.25 + 0.25 * copysign(1.0 - sqrt(u) * _arc(t), r)
+    orthant = 0.25 + 0.25 * _arcsin(r, t, sqrt(u))
     determinant = u * (1.0 + t)
     density = (0.5 / math.pi) * scale / sqrt(determinant)
     tilt = k * (inverse1 * inverse1 + inverse2 * inverse2)

@@ -18,6 +18,7 @@ from ntk_lightning.kernels.shards import sharded_gram, sharded_gram_and_cross
 from ntk_lightning.kernels.stored_grams import infinite_grams
 from ntk_lightning.modules.base import NTKModule
 from ntk_lightning.optim import OptimizerConfig, warn_above_critical
+from ntk_lightning.precision import own_precision
 
 __all__ = ["InfiniteNTKReadout", "KernelReadout"]
 
@@ -34,7 +35,8 @@ class FunctionalGradient(torch.autograd.Function):
         """Multiply kernel rows (b, n) with coefficients (n, C)."""
         ctx.save_for_backward(index)
         ctx.shape = coefficients.shape
-        return rows @ coefficients
+        with own_precision(rows.device.type):
+            return rows @ coefficients
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401 - torch's context
@@ -149,7 +151,7 @@ class KernelReadout(NTKModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate K(x, X) a: (n, ...) to (n, num_outputs)."""
-        return self._cast(self._rows(self.kernel, x)) @ self.coefficients
+        return self._combine(self._rows(self.kernel, x))
 
     def predict(self, batch: Batch, split: str) -> Tensor:
         """Evaluate the model from stored kernel rows (see the base class)."""
@@ -166,13 +168,17 @@ class KernelReadout(NTKModule):
         if split not in self._cross:
             others = samples_of(self.trainer, split).x.to(self.device)
             self._cross[split] = self._cast(self._rows(partial(sharded_gram, self.kernel), others))
-        return self._cross[split][batch.indices] @ self.coefficients
+        return self._combine(self._cross[split][batch.indices])
 
     def _rows(self, kernel: Callable[..., Tensor], x: Tensor) -> Tensor:
         if not len(self.train_inputs):
             raise RuntimeError("The kernel model has no training set yet: fit it or load a checkpoint first.")
         with torch.no_grad():
             return kernel(self._cast(x), self._cast(self.train_inputs))
+
+    def _combine(self, rows: Tensor) -> Tensor:
+        with own_precision(rows.device.type):
+            return self._cast(rows) @ self.coefficients
 
     def _cast(self, x: Tensor) -> Tensor:
         return x.to(self.coefficients.dtype)

@@ -35,10 +35,14 @@ class RidgeFit:
         method: "cholesky" or "cg".
         residual: The largest over outputs of ||(K + n reg I) a - y|| / ||y||.
         condition_number: Of K + n reg I: estimated by Lanczos with "cholesky"; with "cg" the upper bound
-            1 + lambda_max(K) / (n reg).
+            1 + lambda_max(K) / (n reg), which is infinite where reg = 0: nothing is known then.
         iterations: Products with the kernel that the solution took, 0 with "cholesky".
         test_error: Fraction of the test set that is wrong, or None without a test set.
         test_loss: Mean squared error on the test set.
+
+    Example:
+        >>> RidgeFit(torch.tensor([0.5, -0.5]), "cholesky", 0.0, 1.0, 0).predict(torch.eye(2))
+        tensor([ 0.5000, -0.5000])
     """
 
     coefficients: Tensor
@@ -140,9 +144,10 @@ def ridge(
         largest = n / critical_learning_rate(lambda v: multiply(v.to(labels)[:, None])[:, 0], n, tolerance=1e-2)
         condition = largest / shift if shift else float("inf")
     if not residual <= 2 * tolerance:
+        known = "not bounded without regularization" if condition == float("inf") else f"{condition:.1e}"
         warnings.warn(
             f"ridge reached a relative residual of {residual:.1e}, not {tolerance:.1e}, after {iterations} iterations "
-            f"(condition number {condition:.1e}): raise regularization, rank or max_iterations, or use float64.",
+            f"(condition number {known}): raise regularization, rank or max_iterations, or use float64.",
             stacklevel=2,
         )
     coefficients = coefficients.reshape(targets.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -61,7 +61,9 @@ def gradient_descent(
     check_arguments(targets, optimizer)
     total = optimizer.steps if optimizer.steps is not None else optimizer.epochs
     if steps is None:
-        steps = torch.logspace(0, torch.log10(torch.tensor(float(total))).item(), 100).round().long().tolist()
+        steps = [round(total ** (i / 99)) for i in range(100)]
+    if not isinstance(steps, Iterable):
+        raise TypeError(f"steps must be a list of step counts, got {steps!r}: write [{steps!r}].")
     counts = torch.tensor(sorted(set(steps)))
     if not len(counts) or counts.is_floating_point() or counts[0] < 0:
         raise ValueError(f"steps must be integers of at least 0, got {steps}.")
@@ -118,6 +120,8 @@ def gradient_flow(
         tensor([ 0.5000, -0.5000], dtype=torch.float64)
     """
     check_arguments(targets)
+    if not isinstance(times, Iterable):
+        raise TypeError(f"times must be a list of times, got {times!r}: write [{times!r}].")
     moments = torch.tensor(sorted(set(times)), dtype=torch.float64)
     if not len(moments) or not torch.isfinite(moments).all() or moments[0] < 0:
         raise ValueError(f"times must be finite and at least 0, got {times}.")

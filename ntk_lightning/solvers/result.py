@@ -58,22 +58,38 @@ class KernelFit:
 
     @property
     def optimal_error(self) -> float:
-        """The least test error of all evaluations: optimal early stopping."""
+        """The least test error of all evaluations: optimal early stopping.
+
+        Raises:
+            ValueError: There are no test errors.
+        """
         return float(self._curve("test").min())
 
     @property
     def optimal_step(self) -> int | float:
-        """The first step with the least test error."""
+        """The first step with the least test error.
+
+        Raises:
+            ValueError: There are no test errors.
+        """
         return self.steps[self._curve("test").argmin()].item()
 
     @property
     def last_error(self) -> float:
-        """The test error of the last evaluation."""
+        """The test error of the last evaluation.
+
+        Raises:
+            ValueError: There are no test errors.
+        """
         return float(self._curve("test")[-1])
 
     @property
     def validated_error(self) -> float:
-        """The test error at the first step with the least validation error."""
+        """The test error at the first step with the least validation error.
+
+        Raises:
+            ValueError: There are no test or no validation errors.
+        """
         return float(self._curve("test")[self._curve("val").argmin()])
 
     def predict(self, kernel_rows: Tensor) -> Tensor:
@@ -148,6 +164,11 @@ def check_targets(name: str, targets: Tensor, count: int) -> None:
 
     Raises:
         ValueError: Their number is wrong, an entry is not finite, or a single column is not of -1 and +1.
+
+    Example:
+        >>> check_targets("targets", torch.tensor([0.0, 1.0]), count=2)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: targets must be -1 or +1, got [0.0, 1.0]: map 0/1 labels by 2 * y - 1; ...
     """
     if targets.dim() not in (1, 2) or len(targets) != count:
         raise ValueError(f"{name} must be ({count},) or ({count}, C) to fit the kernel, got {tuple(targets.shape)}.")
@@ -220,6 +241,11 @@ def check_problem(
     Raises:
         TypeError: A kernel is not a float32 or float64 tensor.
         ValueError: Shapes, dtypes, devices, labels or values do not agree.
+
+    Example:
+        >>> sets = {"test": (torch.ones(1, 2), torch.ones(1)), "val": (None, None)}
+        >>> list(check_problem(torch.eye(2), torch.ones(1, 2), sets, lambda labels: labels[None]))
+        ['test']
     """
     check_kernel(kernel)
     for vector in targets:
@@ -248,6 +274,10 @@ def error_and_loss(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
 
     Returns:
         The fraction of errors and the mean over samples and outputs of (f - y)^2, both (...,).
+
+    Example:
+        >>> error_and_loss(torch.tensor([[0.5], [-1.0]]), torch.tensor([[1.0], [1.0]]))
+        (tensor(0.5000, dtype=torch.float64), tensor(2.1250))
     """
     finite = torch.isfinite(predictions).all(-1).all(-1)
     errors = torch.where(finite, count_errors(predictions, targets).double().mean(-1), 1.0)

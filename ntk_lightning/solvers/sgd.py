@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -133,6 +134,8 @@ def kernel_sgd_grid(
     sets = {"test": (test_kernel, test_targets), "val": (val_kernel, val_targets)}
     given = check_problem(kernel, targets, sets, torch.atleast_2d)
     sizes = [len(kernel)] if sizes is None else sizes
+    if not all(map(_is_whole, sizes)):
+        raise TypeError(f"sizes must be whole numbers, got {sizes}.")
     if not optimizers or not sizes or not all(1 <= size <= len(kernel) for size in sizes):
         raise ValueError(f"Give at least one optimizer and sizes between 1 and {len(kernel)}, got {sizes=}.")
     groups: dict[tuple[int, OptimizerConfig], list[OptimizerConfig]] = {}
@@ -199,7 +202,7 @@ def _fit_together(
             break
         for name in sets if stop in position else ():
             predictions = product(sets[name][0].detach(), coefficients).double().view_as(truths[name])
-            curves[name][..., position[stop]] = torch.stack(error_and_loss(predictions.mT, truths[name].mT))
+            curves[name][..., position[stop]] = torch.stack(error_and_loss(predictions.mT, truths[name].mT)).cpu()
     if not finite.all():
         warnings.warn(
             f"{int((~finite).sum())} of {len(pairs)} kernel fits of {n} samples diverged (by step {done} of {total}); "
@@ -219,15 +222,22 @@ def _fit_together(
     ]
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _evaluation_steps(eval_every: int | Sequence[int] | None, order: OptimizerConfig, n: int) -> list[int]:
     total = order.total_steps(n)
     if eval_every is None:
         eval_every = order.steps_per_epoch(n)
-    if isinstance(eval_every, int):
+    counts = list(eval_every) if isinstance(eval_every, Iterable) else [eval_every]
+    if not all(map(_is_whole, counts)):
+        raise TypeError(f"eval_every must be a whole number of steps, or a list of such numbers; got {eval_every!r}.")
+    if not isinstance(eval_every, Iterable):
         if eval_every < 1:
             raise ValueError(f"eval_every must be at least 1 step, got {eval_every}.")
         return sorted({*range(eval_every, total + 1, eval_every), total})
-    steps = sorted(set(eval_every))
+    steps = sorted({int(count) for count in counts})
     if not steps or steps[0] < 0 or steps[-1] > total:
         raise ValueError(f"eval_every must be step counts from 0 to {total}, the length of the run; got {eval_every}.")
     return steps

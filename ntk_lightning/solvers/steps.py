@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ntk_lightning.precision import own_precision
+
 __all__ = ["advance", "product"]
 
 _REASSOCIATE = {"reassoc", "contract", "nsz"}  # lets sums run in vector registers; NaN and infinity stay exact
@@ -28,7 +30,8 @@ def product(kernel: Tensor, coefficients: Tensor) -> Tensor:
     """
     models = coefficients.to(kernel.dtype)
     if kernel.device.type != "cpu":
-        return models @ kernel.T
+        with own_precision(kernel.device.type):
+            return models @ kernel.T
     flat, stride = _flat(kernel)
     out = kernel.new_empty(len(models), len(kernel))
     with _torch_threads():
@@ -80,11 +83,12 @@ def _advance_torch(
     outputs: int,
 ) -> None:
     lr, momentum = rates[:, :1], rates[:, 1:]
-    for batch in batches:
-        batch = batch.to(kernel.device)
-        residuals = coefficients.to(kernel.dtype) @ kernel[batch].T - targets[:, batch]
-        velocity.mul_(momentum).index_add_(1, batch, residuals, alpha=2 / (len(batch) * outputs))
-        coefficients.sub_(lr * velocity)
+    with own_precision(kernel.device.type):
+        for batch in batches:
+            batch = batch.to(kernel.device)
+            residuals = coefficients.to(kernel.dtype) @ kernel[batch].T - targets[:, batch]
+            velocity.mul_(momentum).index_add_(1, batch, residuals, alpha=2 / (len(batch) * outputs))
+            coefficients.sub_(lr * velocity)
 
 
 @numba.njit(parallel=True, cache=True, fastmath=_REASSOCIATE)
