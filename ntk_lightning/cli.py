@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 
+from jsonargparse import DefaultHelpFormatter
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
-from ntk_lightning.callbacks.run import run_folder, writing
-from ntk_lightning.commands import COMMANDS, run_command
+from ntk_lightning.callbacks.output import run_folder, writing
+from ntk_lightning.commands import COMMANDS, OWN, PROGRAM, example, overview, run_command
 from ntk_lightning.configs import find_configs
 
 __all__ = ["main"]
+
+
+OF_CLASSES = """
+options of one class: --model.help FiniteNetwork, --data.help FashionMNISTBinary,
+                      --trainer.callbacks.help EmpiricalNTKDynamics
+whole configuration:  --print_config, beside the other options"""
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Leaves the lines of an example as they are."""
 
 
 class RunConfig(SaveConfigCallback):
@@ -38,13 +50,19 @@ def main(args: Sequence[str] | None = None) -> LightningCLI | None:
 
     Returns:
         The CLI after the run, with ``trainer``, ``model`` and ``datamodule``; None of the other commands.
+
+    Raises:
+        SystemExit: The arguments are wrong, or help was asked for.
     """
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # Lightning would unpickle what it downloads
     given = find_configs(sys.argv[1:] if args is None else args)
-    if given and given[0] in COMMANDS:
+    if given and given[0] in OWN:
         run_command(given)
         return None
+    if given in ([], ["-h"], ["--help"]):
+        print(overview(), file=sys.stdout if given else sys.stderr)
+        sys.exit(0 if given else 2)
     warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)`")  # Lightning's own, on recent torch
     warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # they are the process's, with configs found
     return LightningCLI(
@@ -56,8 +74,16 @@ def main(args: Sequence[str] | None = None) -> LightningCLI | None:
         subclass_mode_data=True,
         seed_everything_default=0,
         parser_kwargs={
-            "epilog": "Also: " + "; ".join(f"{name}: {text}" for name, text in COMMANDS.items()),
-            **{name: {"usage": f"python -m ntk_lightning {name} [options]"} for name in LightningCLI.subcommands()},
+            "prog": PROGRAM,
+            **{
+                name: {
+                    "usage": f"{PROGRAM} {name} [options]",
+                    "description": COMMANDS[name].text,
+                    "epilog": f"{example(name)}\n{OF_CLASSES}",
+                    "formatter_class": _Help,
+                }
+                for name in LightningCLI.subcommands()
+            },
         },
         args=given,
     )

@@ -1,26 +1,90 @@
-"""The subcommands beside LightningCLI's: ``study``, ``figures`` and ``report``."""
+"""Every subcommand with its example, and those beside LightningCLI's: ``study``, ``figures`` and ``report``."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import NamedTuple
 
-__all__ = ["COMMANDS", "run_command"]
+__all__ = ["COMMANDS", "OWN", "overview", "run_command"]
+
+PROGRAM = "python -m ntk_lightning"
+
+
+class Command(NamedTuple):
+    """What a subcommand does, in a sentence, and arguments that show it."""
+
+    text: str
+    example: str
+
 
 COMMANDS = {
-    "study": "Run a grid of training runs and kernel fits, and keep their errors in one table.",
-    "figures": "Draw the figures of finished studies.",
-    "report": "Make a W&B report, or a page of HTML, of finished studies.",
+    "fit": Command(
+        "Train a model and compare it with the kernels that callbacks extract from it.",
+        "--config cli_configs/myrtle64.yaml --trainer.max_epochs 20",
+    ),
+    "validate": Command(
+        "Measure a trained model on the evaluation sets.",
+        "--config cli_configs/myrtle64.yaml --ckpt_path FILE",
+    ),
+    "test": Command(
+        "Measure a trained model on the test set.",
+        "--config cli_configs/myrtle64.yaml --ckpt_path FILE",
+    ),
+    "predict": Command(
+        "Evaluate a trained model on the test set.",
+        "--config cli_configs/myrtle64.yaml --ckpt_path FILE",
+    ),
+    "study": Command(
+        "Run a grid of training runs and kernel fits, and keep their errors in one table.",
+        "--config cli_configs/studies/figure_1a.yaml --scale small",
+    ),
+    "figures": Command("Draw the figures of finished studies, and print their exponents.", "runs/studies/small"),
+    "report": Command("Make a W&B report, or a page of HTML, of finished studies.", "runs/studies/small"),
 }
-EXAMPLES = {
-    "study": "python -m ntk_lightning study --config cli_configs/studies/figure_1a.yaml --scale small",
-    "figures": "python -m ntk_lightning figures runs/studies/small",
-    "report": "python -m ntk_lightning report runs/studies/small",
-}
+OWN = ("study", "figures", "report")
+
+
+def example(name: str) -> str:
+    """Write a command line that shows a subcommand.
+
+    Args:
+        name: One of ``COMMANDS``.
+
+    Returns:
+        The line.
+
+    Example:
+        >>> example("figures")
+        'example: python -m ntk_lightning figures runs/studies/small'
+    """
+    return f"example: {PROGRAM} {name} {COMMANDS[name].example}"
+
+
+def overview() -> str:
+    """List all subcommands with an example of each.
+
+    Returns:
+        The help text of the program.
+    """
+    lines = [
+        f"usage: {PROGRAM} COMMAND [options]",
+        "",
+        "Train networks beside their neural tangent kernels, run studies of them, draw and report these.",
+        "",
+        *(f"  {name:<10}{command.text}" for name, command in COMMANDS.items()),
+        "",
+        "examples:",
+        *(f"  {PROGRAM} {name} {command.example}" for name, command in COMMANDS.items()),
+        "",
+        f"{PROGRAM} COMMAND --help lists the options of a command.",
+        "Configurations in cli_configs/ come with the package.",
+    ]
+    return "\n".join(lines)
 
 
 def run_command(args: Sequence[str]) -> None:
-    """Run one of ``COMMANDS``.
+    """Run one of ``OWN``.
 
     Args:
         args: Its name and its arguments.
@@ -30,9 +94,9 @@ def run_command(args: Sequence[str]) -> None:
     """
     name = args[0]
     parser = argparse.ArgumentParser(
-        prog=f"python -m ntk_lightning {name}",
-        description=COMMANDS[name],
-        epilog=f"example: {EXAMPLES[name]}",
+        prog=f"{PROGRAM} {name}",
+        description=COMMANDS[name].text,
+        epilog=example(name),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if name == "study":
@@ -63,9 +127,12 @@ def run_command(args: Sequence[str]) -> None:
 def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", action="append", required=True, metavar="FILE", help="a study; more files change the first")
-    add("--scale", help="a scale of the study, such as small: embedded data, minutes on two cores")
+    scales = "a scale of the study: small (the embedded images, for two cores), cifar10 (hours on them)"
+    add("--scale", help=f"{scales}; without it the paper's size, CIFAR-5m (a download of 18 GB), for GPUs")
     add("--output", metavar="FOLDER", help="where results go (default: runs/studies/SCALE); run again to resume")
     add("--ray", nargs="?", const="local", metavar="ADDRESS", help="run the cells on Ray: on this machine or a cluster")
-    add("--cpus", type=int, help="CPU threads of a cell (default: all of this machine)")
+    add("--cpus", type=int, help="CPU threads of a cell (default: all of this machine; on Ray, of the smallest node)")
     add("--gpus", type=float, default=0.0, help="GPUs of a cell on Ray; 0.25 lets four cells share one (default: 0)")
-    add("--wandb", metavar="PROJECT", help="log every new cell as runs of this W&B project (default: none)")
+    budget = "memory for the gradients behind an empirical NTK (default: 4GB); wide networks need more"
+    add("--memory", default="4GB", metavar="AMOUNT", help=budget)
+    add("--wandb", metavar="PROJECT", help="log what is not yet logged as runs of this W&B project (default: none)")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,12 @@ import yaml
 
 CONFIGS = Path(__file__).parents[1] / "cli_configs" / "studies"
 SHIPPED = sorted(file for file in CONFIGS.glob("*.yaml") if file.stem != "common")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SWITCHES = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update", "--enable-logging=stderr", "--dump-dom"),
+    "--window-size=500,1500",
+)
 VARYING = ("seconds", "git_revision", "version")
 _SIZES = {"figure_2b": [12], "figure_2c": [12], "figure_5a": [12], "figure_4c": [6, 12]}
 _WIDTHS = {"figure_2b": [2, 3], "figure_2c": [2, 3]}
@@ -50,3 +58,12 @@ def table(path: Path) -> list[dict[str, Any]]:
     """Read a result table without what differs from run to run."""
     rows = pq.read_table(path).to_pylist()
     return [{name: value for name, value in row.items() if name not in VARYING} for row in rows]
+
+
+def browse(page: Path, profile: Path) -> str:
+    """Open a page in Chromium, which must have nothing to complain of: its document as it was shown."""
+    command = [str(CHROMIUM), *SWITCHES, f"--user-data-dir={profile}", page.resolve().as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert shown.returncode == 0, shown.stderr
+    assert "CONSOLE" not in shown.stderr
+    return shown.stdout

@@ -17,6 +17,7 @@ STEPS = (0, 1, 3, 10, 32, 100, 320, 1000)
 def row(model: str, error: float, *, arm: str | None = None, seed: int = 0, **columns: Any) -> dict[str, Any]:  # noqa: ANN401
     """One fit, with a test loss twice its error."""
     return {
+        "study": "made up",
         "arm": arm or model,
         "model": model,
         "cell": "0123abcd",
@@ -24,6 +25,7 @@ def row(model: str, error: float, *, arm: str | None = None, seed: int = 0, **co
         **{"lr": 1.0, "momentum": 0.9, "batch_size": 50, "full_batch": False, "epochs": 100, "steps": 2000},
         **{"optimal_error": error, "optimal_step": 900, "last_error": 1.1 * error},
         **{"optimal_loss": 2 * error, "last_loss": 2.2 * error, "network_error": None, "network_loss": None},
+        **{"initial_error": None, "initial_loss": None},
         **{"curve_steps": [0, 900, 2000], "curve_errors": [0.5, error, 1.1 * error], "curve_losses": [1.0, 0.4, 0.5]},
         **{"seconds": 1.5, "git_revision": "abc1234", "version": "0.1.0", "config": "{}"},
         **columns,
@@ -41,7 +43,11 @@ def law(alpha: float, beta: float, n: int, seed: int = 0, noise: float = 0.03) -
 
 def write(folder: Path, name: str, x: str, rows: list[dict[str, Any]], **figure: Any) -> Path:  # noqa: ANN401
     """Write a study's table."""
-    config = {"name": name, "title": name.replace("_", " ").title(), "scale": "small", "figure": {"x": x, **figure}}
+    config = {
+        **{"name": name, "title": name.replace("_", " ").title(), "scale": "small", "figure": {"x": x, **figure}},
+        "data": {"class_path": "ntk_lightning.datamodules.CIFAR10Binary", "init_args": {"n_test": 2000}},
+        "net": {"class_path": "ntk_lightning.networks.MyrtleCNN", "init_args": {"depth": 5, "in_channels": 3}},
+    }
     table = pa.Table.from_pylist(rows).replace_schema_metadata({b"study": json.dumps(config).encode()})
     pq.write_table(table, folder / f"{name}.parquet")
     return folder / f"{name}.parquet"
@@ -94,23 +100,16 @@ def fresh_samples(folder: Path) -> Path:
 def dynamics(folder: Path, seeds: int = 3) -> Path:
     """Error of K^t and the network against t: figure 1C. The network parts from K^0 after t = 100."""
     network = (0.5, 0.49, 0.46, 0.35, 0.28, 0.21, 0.15, 0.12)
+    initial = (1.0, 0.48, 0.45, 0.34, 0.28, 0.22, 0.2, 0.2)
     kernel = (0.26, 0.255, 0.25, 0.24, 0.22, 0.2, 0.18, 0.17)
     rows = [row("infinite", law(0.27, 0.0, 1, seed), arm="infinite NTK", n=4000, seed=seed) for seed in range(seeds)]
     for seed in range(seeds):
-        for t, a, b in zip(STEPS, network, kernel, strict=True):
-            a, b = law(a, 0.0, 1, seed), law(b, 0.0, 1, seed)
-            both = {"network_error": a, "network_loss": 2 * a, "arm": "network", "m": 4000}
-            rows.append(row("kernel during training", b, n=4000, t=t, seed=seed, **both))
-            if t == 0:
-                rows[-1] |= _curves(0.5, 0.34, 0.27, 0.26, 0.26)
-        rows.append(row("network", 0.12, n=4000, seed=seed) | _curves(0.5, 0.35, 0.28, 0.2, 0.12))
+        for t, *errors in zip(STEPS, network, initial, kernel, strict=True):
+            a, b, c = (law(error, 0.0, 1, seed) for error in errors)
+            beside = {"network_error": a, "network_loss": 2 * a, "initial_error": b, "initial_loss": 2 * b}
+            rows.append(row("kernel during training", c, n=4000, t=t, seed=seed, arm="network", m=4000, **beside))
+        rows.append(row("network", 0.12, n=4000, seed=seed))
     return write(folder, "figure_1c", "t", rows, caption="The kernel keeps improving.")
-
-
-def _curves(*errors: float) -> dict[str, list[Any]]:
-    """A curve over training, its losses twice its errors."""
-    steps = [1, 10, 100, 1000, 10000]
-    return {"curve_steps": steps, "curve_errors": [*errors], "curve_losses": [2 * error for error in errors]}
 
 
 def widths(folder: Path) -> Path:

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 import ntk_lightning
 from ntk_lightning.cli import main
+from ntk_lightning.commands import COMMANDS, OWN
 from ntk_lightning.configs import find_config, find_configs
 from ntk_lightning.scaling import read_config
 
@@ -141,9 +143,72 @@ def test_ddp_overlay_runs_two_processes(tmp_path: Path) -> None:
             assert float(row["test_error"]) == pytest.approx(float(expected["test_error"]), abs=1e-6)
 
 
-def test_online_overlay_asks_wandb_for_the_server() -> None:
-    merged = yaml.safe_load((OVERLAYS / "wandb_online.yaml").read_text())["trainer"]["logger"]
-    assert merged["dict_kwargs"] == {"mode": "online"}
+def test_online_overlay_asks_wandb_for_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked(Exception):
+        pass
+
+    def init(**options: Any) -> None:  # noqa: ANN401 - W&B's
+        raise Asked(options["mode"], options["project"])
+
+    monkeypatch.setattr(wandb, "init", init)
+    overlay = tiny(tmp_path, {"trainer": {"max_epochs": 1, "accelerator": "cpu"}})
+    with pytest.raises(Asked, match=r"\('online', 'ntk_lightning'\)"):
+        run(MAIN, OVERLAYS / "wandb_online.yaml", overlay)
+
+
+LIGHTNING = [name for name in COMMANDS if name not in OWN]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_shows_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code in (0, None)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith(f"example: python -m ntk_lightning {name} ")]
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["-h"], 0), ([], 2)])
+def test_the_overview_lists_every_command(
+    arguments: list[str], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ntk_lightning", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == code
+    told = capsys.readouterr()
+    text = told.err if code else told.out
+    assert set(COMMANDS) == {"fit", "validate", "test", "predict", "study", "figures", "report"}
+    for name in COMMANDS:
+        assert f"\n  {name} " in text
+        assert f"\n  python -m ntk_lightning {name} " in text
+
+
+@pytest.mark.parametrize("name", LIGHTNING)
+def test_examples_of_runs_are_whole_configurations(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([name, *COMMANDS[name].example.split(), "--print_config"])
+    assert ended.value.code in (0, None)
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["model"]["class_path"].endswith("FiniteNetwork")
+    assert name == "fit" or config["ckpt_path"] == "FILE"
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [("study", "study.study"), ("figures", "study_figures.figures"), ("report", "report.report")],
+)
+def test_examples_of_the_other_commands_parse(name: str, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    module, _, attribute = function.partition(".")
+    monkeypatch.setattr(
+        import_module(f"ntk_lightning.scaling.{module}"), attribute, lambda **options: given.update(options)
+    )
+    main([name, *COMMANDS[name].example.split()])
+    if name == "study":
+        assert read_config(given["config"], given["scale"]).name == "figure_1a"
+    else:
+        assert given["results"] == "runs/studies/small"  # where the study's example puts them
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="checks what a machine without a GPU is told")

@@ -8,10 +8,11 @@ import pytest
 import study_tables as tables
 
 from ntk_lightning.scaling.captions import html_text, plain_text, study_caption
+from ntk_lightning.scaling.columns import COLUMNS, Quantity
 from ntk_lightning.scaling.exponents import exponents, fit_series
 from ntk_lightning.scaling.parting import parting_step, timed_pairs
 from ntk_lightning.scaling.results import read_results, read_study
-from ntk_lightning.scaling.series import Quantity, study_series
+from ntk_lightning.scaling.series import study_series
 from ntk_lightning.scaling.study_figures import draw_study, figures
 
 
@@ -123,10 +124,12 @@ def test_hyperparameters_that_an_arm_varies_make_lines(tmp_path: Path) -> None:
 
 def test_the_final_step_of_an_after_kernel_is_not_a_time_on_the_axis(tmp_path: Path) -> None:
     rows = [tables.row("after-kernel", 0.2, m=1000, t=t, seed=seed) for seed, t in enumerate((2000, 1900))]
-    during = [tables.row("kernel during training", 0.3, t=t, network_error=0.3) for t in (0, 10)]
+    during = [tables.row("kernel during training", 0.3, t=t, network_error=0.3) for t in (0, 10)]  # no errors of K^0
     study = read_study(tables.write(tmp_path, "after", "t", [*rows, *during]))
     assert [line.places for line in study_series(study)] == [[], [0, 10]]
-    assert len(timed_pairs(study)) == 1
+    [pair] = timed_pairs(study)
+    assert (pair.network.places, pair.initial.places, pair.steps) == ([0, 10], [], [])
+    assert "never measured at the same step" in str(pair)
     rows += [tables.row("after-kernel", 0.1, n=2000, m=2000, t=4000, seed=seed) for seed in (0, 1)]
     [line] = study_series(read_study(tables.write(tmp_path, "after", "n", rows)))
     assert (line.label, line.places, line.at(1000).size) == ("$K_n(n)$", [1000, 2000], 2)
@@ -152,13 +155,15 @@ def test_lines_of_one_name_are_told_apart(tmp_path: Path) -> None:
         ([0.5, 0.3, 0.2, 0.1], [0.5, 0.3, 0.2, 0.1], 100),
         ([0.5, 0.5, 0.5, 0.5], [0.3, 0.3, 0.3, 0.3], 100),  # never ahead
         ([0.2, 0.2, 0.2, 0.2], [0.3, 0.3, 0.3, 0.3], None),  # ahead at once
-        ([0.5, 0.1, 0.3, 0.1], [0.5, 0.2, 0.3, 0.3], 0),  # what comes back does not matter
+        ([0.5, 0.1, 0.1, 0.3], [0.5, 0.2, 0.3, 0.3], 0),  # what comes back does not matter
+        ([0.5, 0.1, 0.3, 0.1], [0.5, 0.2, 0.3, 0.3], 10),  # nor does a single step
+        ([0.46, 0.46, 0.3, 0.2], [0.55, 0.55, 0.4, 0.3], 1),  # nor luck where K^0 guesses
         ([0.2, 0.2, 0.0, 0.0], [0.2, 0.2, 0.0, 0.1], 10),
         ([0.1, 0.1, 0.1, 0.1], [0.1, 0.1 / 0.91, 0.1 / 0.89, 0.2], 1),
     ],
 )
 def test_parting_step(network: list[float], kernel: list[float], expected: int | None) -> None:
-    assert parting_step([0, 1, 10, 100], network, kernel) == expected
+    assert parting_step([0, 1, 10, 100], network, kernel, guessing=0.5) == expected
 
 
 @pytest.mark.parametrize("quantity", ["error", "loss"])
@@ -166,11 +171,66 @@ def test_the_figure_over_time_marks_where_network_and_kernel_part(tmp_path: Path
     study = read_study(tables.dynamics(tmp_path))
     [pair] = timed_pairs(study, quantity)
     assert pair.parting == 100
+    assert pair.initial.places == pair.steps == [1, 3, 10, 32, 100, 320, 1000]  # not 0, where K^0 is 0 everywhere
+    assert pair.network.places == [0, *pair.steps]
     axes = draw_study(study, quantity).axes[0]
     assert [text.get_text() for text in axes.texts] == ["they part after t = 100"]
     shown = [text.get_text() for text in axes.get_legend().get_texts()]
     assert shown[2:] == ["network", "$K^t$ fitted on n = 4k", "$K^0$, trained by the same steps"]
-    assert "Network and $K^0$ part after t = 100" in study_caption(study, quantity)
+    assert "Network and $K^0$ part after t = 100: at the next measured step" in study_caption(study, quantity)
+
+
+def test_learning_rates_of_one_arm_part_at_their_own_steps(tmp_path: Path) -> None:
+    rows = []
+    for lr, ahead in ((0.1, 100), (1.0, 10)):
+        for t in (0, 1, 10, 100, 1000):
+            errors = {"network_error": 0.3 if t <= ahead else 0.1, "initial_error": 0.3}
+            rows.append(tables.row("kernel during training", 0.2, arm="network", t=t, m=1000, lr=lr, **errors))
+    pairs = timed_pairs(read_study(tables.write(tmp_path, "rates", "t", rows)))
+    assert [(pair.network.label, pair.parting) for pair in pairs] == [("network, lr 0.1", 100), ("network, lr 1", 10)]
+
+
+def test_a_figure_of_last_errors_shows_and_fits_them(tmp_path: Path) -> None:
+    rows = [
+        tables.row("network", tables.law(1.9, 0.1, n, 0, 0), n=n, last_error=tables.law(1.9, 0.3, n, 0, 0))
+        for n in tables.SIZES
+    ]
+    study = read_study(tables.write(tmp_path, "converged", "n", rows, value="last"))
+    assert study_series(study)[0].at(500) == pytest.approx(1.9 * 500**-0.3)
+    assert exponents(study)[0]["beta"] == pytest.approx(0.3)
+    caption = study_caption(study)
+    assert "Each test error is that of the fit's last step." in caption
+    assert "oracle" not in caption
+    bands = [*rows, tables.row("infinite", 0.3)]
+    axes = draw_study(read_study(tables.write(tmp_path, "converged", "t", bands, value="last"))).axes[0]
+    assert any(text.get_text() == "infinite, last step" for text in axes.get_legend().get_texts())
+
+
+def test_the_caption_names_data_network_and_optimizer(tmp_path: Path) -> None:
+    text = study_caption(read_study(tables.widths(tmp_path)))
+    start = (
+        "CIFAR10Binary (n test 2000), MyrtleCNN (depth 5), $n$ = 1000, width 16, 32, 64, 128, 256, learning rate 1, "
+    )
+    assert f"{start}momentum 0.9, batches of 50, 100 epochs." in text
+    rows = [tables.row("network", tables.law(1.9, 0.3, n), n=n, full_batch=True, lr=n / 500) for n in (500, 1000)]
+    text = study_caption(read_study(tables.write(tmp_path, "full", "n", rows)))
+    assert "MyrtleCNN (depth 5), width 64, learning rate 1, 2, momentum 0.9, full batch, 100 epochs." in text
+
+
+def test_full_batches_and_mini_batches_make_two_lines(tmp_path: Path) -> None:
+    rows = [tables.row("network", 0.2, n=n, full_batch=full) for n in tables.SIZES for full in (True, False)]
+    labels = [line.label for line in study_series(read_study(tables.write(tmp_path, "full", "n", rows)))]
+    assert labels == ["network, mini-batches", "network, full batch"]
+
+
+def test_p_values_of_lines_on_other_sizes_and_errors_near_the_studys_chance_are_noted(tmp_path: Path) -> None:
+    rows = [tables.row("network", tables.law(1.9, 0.3, n), n=n) for n in tables.SIZES]
+    rows += [tables.row("infinite", tables.law(1.9, 0.2, n), n=n) for n in tables.SIZES[1:]]
+    first, second = exponents(read_study(tables.write(tmp_path, "sizes", "n", rows)))
+    assert not first["notes"]
+    assert second["notes"] == ["The p-value compares it with network, which is fitted on other sizes."]
+    first, _ = exponents(read_study(tables.write(tmp_path, "sizes", "n", rows, chance=0.3)))
+    assert "at chance (0.3)" in " ".join(first["notes"])
 
 
 def test_a_model_without_width_is_a_band(tmp_path: Path) -> None:
@@ -231,7 +291,12 @@ def test_a_study_without_losses_has_a_figure_of_errors_only(tmp_path: Path, caps
     assert "[no interval]" in printed
 
 
-def test_folders_and_files_that_are_not_results_are_one_clear_error(tmp_path: Path) -> None:
+STUDY = {"study": '{"name": "empty", "figure": {"x": "n"}}'}
+
+
+def test_folders_and_files_that_are_not_results_are_one_clear_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(FileNotFoundError, match="no results folder"):
         read_results(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="no tables"):
@@ -242,6 +307,13 @@ def test_folders_and_files_that_are_not_results_are_one_clear_error(tmp_path: Pa
     pq.write_table(pa.table({"x": [1]}), other)
     with pytest.raises(ValueError, match=r"other.parquet is not the table of a study"):
         read_results(tmp_path)
+    tables.scaling(tmp_path)
+    pq.write_table(COLUMNS.empty_table().replace_schema_metadata(STUDY), tmp_path / "empty.parquet")
+    assert [study.name for study in read_results(tmp_path)] == ["figure_1a"]
+    told = capsys.readouterr().err
+    assert told.count("Left out") == 2
+    assert "other.parquet is not the table of a study" in told
+    assert "empty.parquet cannot be drawn, it has no rows" in told
     other.write_text("not parquet")
     with pytest.raises(ValueError, match="is not the table of a study"):
         read_study(other)

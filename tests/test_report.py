@@ -3,8 +3,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-import shutil
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,11 +12,11 @@ from typing import Any
 import pytest
 import study_tables as tables
 import wandb
+from studies import CHROMIUM, browse
 
 from ntk_lightning.scaling.report import report
 
 VOID = {"meta", "link", "img", "br"}
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 class Page(HTMLParser):
@@ -177,23 +175,21 @@ def test_logged_in_the_report_is_saved_with_the_pictures_of_a_run(
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 @pytest.mark.usefixtures("offline")
 def test_a_browser_shows_the_page_without_a_complaint(tmp_path: Path) -> None:
-    tables.dynamics(tmp_path)
-    page = report(str(tmp_path))
-    switches = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--enable-logging=stderr",
-        "--dump-dom",
-        "--window-size=500,1500",
-    ]
-    command = [CHROMIUM, *switches, f"--user-data-dir={tmp_path / 'profile'}", page.resolve().as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert shown.returncode == 0, shown.stderr
-    assert len(re.findall("<img ", shown.stdout)) == 2
-    assert "CONSOLE" not in shown.stderr
+    tables.all_kinds(tmp_path)
+    assert len(re.findall("<img ", browse(report(str(tmp_path)), tmp_path / "profile"))) == 12
+
+
+@pytest.mark.usefixtures("offline")
+def test_the_revision_is_told_whole(tmp_path: Path) -> None:
+    revision = "0123456789-dirty"
+    tables.write(tmp_path, "dirty", "n", [tables.row("network", 0.2, n=n, git_revision=revision) for n in (1, 2)])
+    assert f"({revision})" in Page(report(str(tmp_path)).read_text()).words
+
+
+@pytest.mark.usefixtures("offline")
+def test_the_wandb_report_shows_the_errors_that_the_figure_shows(tmp_path: Path) -> None:
+    pytest.importorskip("wandb_workspaces.reports.v2.internal")
+    rows = [tables.row("network", tables.law(1.9, 0.3, n), n=n) for n in tables.SIZES]
+    tables.write(tmp_path, "converged", "n", rows, value="last")
+    report(str(tmp_path))
+    assert "summary:test/last_error" in (tmp_path / "report.json").read_text()

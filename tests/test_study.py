@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
-import random
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from studies import CONFIGS, SHIPPED, table, tiny
+from studies import CHROMIUM, CONFIGS, SHIPPED, browse, table, tiny
 from tiny import file_size_limit
 
 from ntk_lightning.cli import main
-from ntk_lightning.scaling.cells import Cell, read_config
+from ntk_lightning.scaling.cells import Arm, Cell, read_config
+from ntk_lightning.scaling.columns import COLUMNS
+from ntk_lightning.scaling.executors import cells_at_once, default_threads, on_ray
+from ntk_lightning.scaling.report import report
 from ntk_lightning.scaling.run_cell import run_cell
-from ntk_lightning.scaling.study import COLUMNS, StudyError, run_study
+from ntk_lightning.scaling.study import StudyError, run_study
+from ntk_lightning.scaling.study_figures import figures
 
 MODELS = {
     "figure_1a": {"network", "empirical", "infinite"},
@@ -36,7 +42,8 @@ def command(file: Path, folder: Path, *extra: str) -> list[str]:
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_every_shipped_study_runs(file: Path, tmp_path: Path) -> None:
+def test_every_shipped_study_runs_and_is_drawn(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
     main(command(file, tmp_path))
     read = pq.read_table(tmp_path / "results" / f"{file.stem}.parquet")
     assert read.schema.names == COLUMNS.names
@@ -50,6 +57,11 @@ def test_every_shipped_study_runs(file: Path, tmp_path: Path) -> None:
         assert len(row["curve_steps"]) == len(row["curve_errors"]) == len(row["curve_losses"])
         assert row["optimal_error"] == min(row["curve_errors"])
         assert json.loads(row["config"])["seed"] == row["seed"]
+    results = str(tmp_path / "results")
+    assert len(figures(results)) == 2
+    page = report(results)
+    if CHROMIUM is not None:
+        assert browse(page, tmp_path / "profile").count("<img ") == 2
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
@@ -80,48 +92,98 @@ def test_nested_infinite_cells_share_one_store(tmp_path: Path) -> None:
 
 
 KILLED = """
-import os, sys, time
+import os, random, sys, time
 from ntk_lightning.cli import main
-args, delays = sys.argv[1].split("\\n"), [float(delay) for delay in sys.argv[2].split()]
+from ntk_lightning.scaling import executors
+
+args, log, chance, run_cell = sys.argv[1].split("\\n"), sys.argv[2], random.Random(0), executors.run_cell
 cells = os.path.join(args[args.index("--output") + 1], "cells")
-seen = {}
-for delay in [*delays, None]:
+
+def logged(cell, *rest, **options):
+    with open(log, "a") as file:
+        file.write(cell.key + "\\n")
+    return run_cell(cell, *rest, **options)
+
+def started():
+    return open(log).read().split() if os.path.exists(log) else []
+
+def finished():
+    names = os.listdir(cells) if os.path.isdir(cells) else []
+    return {name.removesuffix(".parquet") for name in names if name.endswith(".parquet")}
+
+executors.run_cell = logged
+for number in [1, 2, 3, 4, 5, None]:
+    before, count, deadline = finished(), len(started()), time.monotonic() + 120
     child = os.fork()
     if child == 0:
         main(args)
         os._exit(0)
-    if delay is not None:
-        time.sleep(delay)
+    if number is not None:
+        while len(finished()) < number and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.3))
         os.kill(child, 9)
     _, status = os.waitpid(child, 0)
-    assert delay is not None or status == 0, status
-    now = {name: os.stat(os.path.join(cells, name)).st_mtime_ns
-           for name in (os.listdir(cells) if os.path.isdir(cells) else []) if name.endswith(".parquet")}
-    assert all(now.get(name) == time for name, time in seen.items()), "a finished cell was run again or lost"
-    print("after", delay, "s:", len(now), "cells")
-    seen = now
+    assert number is not None or status == 0, status
+    again = before & {*started()[count:]}
+    assert not again, f"finished cells were run again: {again}"
+    assert before <= finished(), "a finished cell was lost"
+    print(len(finished()))
 """
 
 
-def test_a_study_killed_five_times_ends_in_the_undisturbed_table(tmp_path: Path) -> None:
+def test_a_study_killed_five_times_ends_in_the_undisturbed_table_and_runs_no_finished_cell_again(
+    tmp_path: Path,
+) -> None:
     file = CONFIGS / "figure_4a.yaml"
     (tmp_path / "killed").mkdir()
-    chance = random.Random(0)
-    delays = " ".join(f"{chance.uniform(0.2, 1.5):.2f}" for _ in range(5))
     arguments = "\n".join(command(file, tmp_path / "killed"))
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, arguments, delays], capture_output=True, text=True, check=False
-    )
+    program = [sys.executable, "-c", KILLED, arguments, str(tmp_path / "started.txt")]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     main(command(file, tmp_path))
+    finished = [int(line) for line in done.stdout.splitlines() if line.isdecimal()]
+    total = len(list((tmp_path / "results" / "cells").iterdir()))
+    assert len(finished) == 6
+    assert any(0 < number < total for number in finished)
     name = Path("results") / "figure_4a.parquet"
     assert table(tmp_path / "killed" / name) == table(tmp_path / name)
 
 
+def test_a_damaged_cell_is_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = CONFIGS / "figure_2a.yaml"
+    config, folder = read_config([file, tiny(file, tmp_path)]), tmp_path / "results"
+    before = table(run_study(config, folder))
+    damaged = sorted((folder / "cells").iterdir())[:2]
+    damaged[0].write_bytes(damaged[0].read_bytes()[:-20])
+    damaged[1].write_bytes(b"")
+    ran: list[Cell] = []
+
+    def counted(cell: Cell, *args: Any, **kwargs: Any) -> object:  # noqa: ANN401
+        ran.append(cell)
+        return run_cell(cell, *args, **kwargs)
+
+    monkeypatch.setattr("ntk_lightning.scaling.executors.run_cell", counted)
+    assert table(run_study(config, folder)) == before
+    assert sorted(cell.key for cell in ran) == [path.stem for path in damaged]
+    assert all(pq.read_table(path).num_rows for path in damaged)
+
+
+def test_a_cell_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = CONFIGS / "figure_5a.yaml"
+    calls: list[str] = []
+    for name in ("fsync", "link"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append(name), real(*args))[1])
+    run_study(read_config([file, tiny(file, tmp_path)]), tmp_path / "results")
+    assert calls == ["fsync", "link"] * 2 + ["fsync"]  # two cells and the table
+
+
+@pytest.mark.usefixtures("capsys")  # what is printed goes to no file
 def test_a_full_disk_is_told_and_keeps_the_finished_cells(tmp_path: Path) -> None:
     file = CONFIGS / "figure_2a.yaml"
     config, folder = read_config([file, tiny(file, tmp_path)]), tmp_path / "results"
-    with file_size_limit(0), pytest.raises(OSError, match=r"\.parquet: .*Make room there.*finished cells are kept"):
+    with file_size_limit(1000), pytest.raises(OSError, match=r"\.parquet: .*Make room there.*finished cells are kept"):
         run_study(config, folder)
     assert not list(folder.rglob("*.parquet"))
     run_study(config, folder)
@@ -149,7 +211,7 @@ def test_a_cell_that_another_process_has_finished_meanwhile_is_not_written_again
         return run_cell(cell, tmp_path)
 
     seen: dict[Path, int] = {}
-    monkeypatch.setattr("ntk_lightning.scaling.study.run_cell", overtaken)
+    monkeypatch.setattr("ntk_lightning.scaling.executors.run_cell", overtaken)
     run_study(config, folder)
     assert [cell.key for cell in ran] == [cells[0].key, *(cell.key for cell in cells)]
     assert {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()} == seen
@@ -167,15 +229,117 @@ def test_ray_gives_the_same_numbers(tmp_path: Path) -> None:
     assert here == ray
 
 
-def test_a_failed_cell_is_reported_and_the_others_finish(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = CONFIGS / "figure_2a.yaml"
-    arguments = command(file, tmp_path)
-    change = {"grid": {"n": [6, 4000]}, "data": {"init_args": {"n_statistics": 6}}}
-    (tmp_path / "more.yaml").write_text(yaml.safe_dump(change))
-    with pytest.raises(StudyError, match="4 of 8 cells of figure_2a failed"):
-        main([*arguments, "--config", str(tmp_path / "more.yaml")])
-    assert "ask for fewer" in capsys.readouterr().err
-    assert [row["n"] for row in table(tmp_path / "results" / "figure_2a.parquet")] == [6] * 4
+def failing(cell: Cell, *args: Any, **kwargs: Any) -> object:  # noqa: ANN401
+    if cell.n == 9:
+        raise KeyError("values[name] of [/x] :x:")
+    return run_cell(cell, *args, **kwargs)
+
+
+def test_a_failed_cell_is_reported_and_the_others_finish(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ntk_lightning.scaling.executors.run_cell", failing)
+    with pytest.raises(StudyError, match="4 of 12 cells of figure_2a failed"):
+        main(command(CONFIGS / "figure_2a.yaml", tmp_path))
+    printed = capsys.readouterr()
+    assert printed.err.count("Failed: network, n 9") == 4
+    assert "KeyError: 'values[name] of [/x] :x:'" in printed.err  # no markup
+    assert "8/12 cells, 0 running, 4 failed" in printed.out
+    assert sorted({row["n"] for row in table(tmp_path / "results" / "figure_2a.parquet")}) == [6, 12]
+
+
+def test_failures_are_reported_when_the_study_is_interrupted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(cell: Cell, *args: Any, **kwargs: Any) -> object:  # noqa: ANN401
+        if cell.n == 12:
+            raise KeyboardInterrupt
+        return failing(cell, *args, **kwargs)
+
+    monkeypatch.setattr("ntk_lightning.scaling.executors.run_cell", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(command(CONFIGS / "figure_2a.yaml", tmp_path))
+    assert capsys.readouterr().err.count("Failed: network, n 9") == 2
+
+
+def test_a_study_without_rows_leaves_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> object:
+        raise RuntimeError
+
+    monkeypatch.setattr("ntk_lightning.scaling.executors.run_cell", broken)
+    with pytest.raises(StudyError, match="12 of 12 cells of figure_2a failed, as printed above; there is no table"):
+        main(command(CONFIGS / "figure_2a.yaml", tmp_path))
+    assert not list((tmp_path / "results").rglob("*.parquet"))
+
+
+def test_a_small_memory_budget_fails_cells_and_a_larger_one_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overlay = {
+        "grid": {"n": [6], "seed": [0]},
+        "arms": [
+            {"label": "after", "after": ["m"]},
+            {"label": "during", "kernels_at": 2},
+            {"label": "empirical", "model": "empirical"},
+        ],
+    }
+    (tmp_path / "arms.yaml").write_text(yaml.safe_dump(overlay))
+    arguments = [*command(CONFIGS / "figure_1a.yaml", tmp_path), "--config", str(tmp_path / "arms.yaml")]
+    with pytest.raises(StudyError, match="3 of 3 cells of figure_1a failed"):
+        main([*arguments, "--memory", "1KB"])
+    assert capsys.readouterr().err.count("memory") >= 3
+    main(arguments)
+    with pytest.raises(ValueError, match="memory must be a number of bytes"):
+        main([*arguments, "--memory", "much"])
+
+
+def test_cells_share_the_nodes_of_a_cluster() -> None:
+    nodes = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 3.0}, {"memory": 1e9}]
+    assert cells_at_once(nodes, 3, 0) == 2 + 2 + 1
+    assert cells_at_once(nodes, 1, 0.6) == 4  # two fractions of 0.6 do not fit one GPU
+    assert cells_at_once(nodes, 1, 0.1) == 16
+    assert cells_at_once(nodes, 4, 2) == 2
+    assert [default_threads(nodes, gpus) for gpus in (0, 0.5, 1, 2, 0.1)] == [3, 2, 4, 8, 1]
+    for threads, gpus in ((9, 0), (1, 3), (9, 0.5)):  # the cluster has 19 CPUs and 4 GPUs
+        with pytest.raises(
+            ValueError, match=r"which no node of the cluster has \(they have 8 CPUs and 2 GPUs, .*--cpus"
+        ):
+            cells_at_once(nodes, threads, gpus)
+        assert default_threads(nodes, gpus) >= 1
+
+
+def test_nodes_that_are_gone_have_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"Alive": alive, "Resources": {"CPU": cpus}} for alive, cpus in ((True, 2.0), (True, 4.0), (False, 64.0))]
+    ray = SimpleNamespace(is_initialized=lambda: True, nodes=lambda: nodes)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    for cpus, slots in ((None, 3), (1, 6)):
+        with on_ray("local", Path(), cpus, 0.0, "4GB") as (found, _):
+            assert found == slots
+    with pytest.raises(ValueError, match="A cell asks for 8 CPUs"), on_ray("local", Path(), 8, 0.0, "4GB"):
+        pass
+
+
+@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"])
+def test_ray_that_is_not_there_is_one_error(address: str, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(ConnectionError, match=rf"Ray cannot be reached at '{address}'.*ray start --head"):
+        main(command(CONFIGS / "figure_2a.yaml", tmp_path, "--ray", address))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cpus", "0"], "--cpus must be at least 1, got 0"),
+        (["--cpus", "-1"], "--cpus must be at least 1, got -1"),
+        (["--gpus", "0.5"], "--gpus needs --ray"),
+        (["--ray", "--gpus", "-1"], "--gpus must be a fraction"),
+        (["--ray", "--gpus", "1.5"], "--gpus must be a fraction"),
+    ],
+)
+def test_resources_that_cannot_be_are_refused(options: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        main([*command(CONFIGS / "figure_2a.yaml", tmp_path), *options])
+    assert not (tmp_path / "results").exists()
 
 
 def test_an_interrupted_study_keeps_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +353,7 @@ def test_an_interrupted_study_keeps_its_table(tmp_path: Path, monkeypatch: pytes
         ran.append(cell)
         return run_cell(cell, tmp_path)
 
-    monkeypatch.setattr("ntk_lightning.scaling.study.run_cell", interrupted)
+    monkeypatch.setattr("ntk_lightning.scaling.executors.run_cell", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_study(config, tmp_path / "results")
     assert [row["cell"] for row in table(tmp_path / "results" / "figure_2a.parquet")] == [cell.key for cell in ran]
@@ -199,14 +363,46 @@ def test_an_interrupted_study_keeps_its_table(tmp_path: Path, monkeypatch: pytes
     ("change", "message"),
     [
         ({"grid": {"n": []}}, "no values for n"),
+        ({"grid": {"n": [0]}}, "n of the grid must be at least 1, got 0"),
+        ({"grid": {"width": [2, 0]}}, "width of the grid must be at least 1, got 0"),
+        ({"grid": {"epochs": [0]}}, "epochs must be at least 1, got 0"),
         ({"grid": {"widht": [2]}}, "widht"),
+        ({"grid": {"lr": ["fast"]}}, "fast"),
+        ({"grid": {"n": [6, 41]}}, "n_train [+] n_val [+] fresh = 41.*ask for fewer"),
+        ({"arms": [{"label": "a", "after_fresh": [29]}]}, "n_train [+] n_val [+] fresh = 41.*ask for fewer"),
         ({"arms": [{"label": "a", "model": "finite"}]}, "finite"),
         ({"arms": [{"label": "a"}, {"label": "a"}]}, "different labels"),
         ({"arms": [{"label": "a", "model": "infinite", "after": [3]}]}, "only a network can"),
+        ({"arms": [{"label": "a", "model": "infinite", "until_train_error": 0.0}]}, "only a network can"),
+        ({"arms": [{"label": "a", "model": "infinite", "kernels_at": []}]}, "only a network can"),
+        (
+            {"arms": [{"label": "a", "after": [13]}]},
+            r"after = \[13\] of arm 'a' is more than any of its n = \[6, 9, 12\]",
+        ),
+        ({"arms": [{"label": "a", "after_fresh": [0]}]}, "after_fresh of arm 'a' must be sizes of at least 1"),
+        ({"arms": [{"label": "a", "kernels_at": 0}]}, "kernels_at of arm 'a' must be steps of at least 1"),
+        ({"arms": [{"label": "a", "kernels_at": [0, 2]}]}, "kernels_at of arm 'a' must be steps of at least 1"),
+        ({"arms": [{"label": "a", "until_train_error": 5.0}]}, r"until_train_error of arm 'a' must be in \[0, 1\]"),
+        ({"arms": [{"label": "a", "show": ["after kernel"]}]}, "after kernel"),
+        ({"arms": [{"label": "a", "show": ["after-kernel"]}]}, "must name some of what it makes"),
+        (
+            {"arms": [{"label": "a", "after": ["m"]}], "figure": {"fitted_on": 5}},
+            "fitted_on = 5.*fitted on .6, 9, 12. samples",
+        ),
+        ({"figure": {"fitted_on": "m"}}, "fitted_on = 'm'.*matches none"),
+        (
+            {"arms": [{"label": "a", "kernels_at": [1]}], "figure": {"at": [1, 3]}},
+            r"no arm shows a kernel at t = \[3\]",
+        ),
+        ({"arms": [{"label": "a", "kernels_at": [1, 99]}], "figure": {"at": [99]}}, r"kernel at t = \[99\]"),
         ({"data": {"class_path": "ntk_lightning.datamodules.Nothing"}}, "Nothing"),
         ({"net": {"init_args": {"wdith": 3}}}, "wdith"),
-        ({"grid": {"lr": ["fast"]}}, "fast"),
         ({"figure": {"x": "depth"}}, "depth"),
+        ({"figure": {"value": "least"}}, "least"),
+        ({"name": "../elsewhere"}, "must be a file's name"),
+        ({"name": ""}, "must be a file's name"),
+        ({"scales": ["small"]}, "scales in .* must map names to changes"),
+        ({"scales": {"small": 3}}, "scales in .* must map names to changes"),
     ],
 )
 def test_wrong_configurations_are_refused_before_any_cell(
@@ -216,6 +412,36 @@ def test_wrong_configurations_are_refused_before_any_cell(
     with pytest.raises(ValueError, match=message):
         main([*command(CONFIGS / "figure_1a.yaml", tmp_path), "--config", str(tmp_path / "wrong.yaml")])
     assert not (tmp_path / "results").exists()
+
+
+def test_sizes_that_only_some_networks_have_are_left_out(tmp_path: Path) -> None:
+    file = CONFIGS / "figure_1a.yaml"
+    (tmp_path / "after.yaml").write_text(yaml.safe_dump({"arms": [{"label": "a", "after": [9]}]}))
+    cells = read_config([file, tiny(file, tmp_path), tmp_path / "after.yaml"]).cells()["a"]
+    assert {cell.n: cell.after for cell in cells} == {6: (), 9: (9,), 12: (9,)}
+
+
+def test_an_arm_made_in_python_is_checked_too() -> None:
+    with pytest.raises(ValueError, match="must name some of what it makes: \\['infinite'\\]"):
+        Arm("limit", "infinite", show=["network"])
+
+
+def test_null_removes_a_key(tmp_path: Path) -> None:
+    files = [tmp_path / "base.yaml", tmp_path / "change.yaml"]
+    file = CONFIGS / "figure_1a.yaml"
+    figure = {"published": {"network": 0.291, "infinite NTK": 0.2}, "fitted_on": 3}
+    files[0].write_text(yaml.safe_dump({"figure": figure, "scales": {"small": {"figure": {"published": None}}}}))
+    files[1].write_text(yaml.safe_dump({"figure": {"published": {"infinite NTK": None}, "fitted_on": None}}))
+    assert read_config([file, files[0]], "small").figure.published == {}
+    figure_of = read_config([file, *files]).figure
+    assert (figure_of.published, figure_of.fitted_on) == ({"network": 0.291, "empirical NTK": 0.185}, None)
+
+
+@pytest.mark.parametrize("content", [b"grid: {n: [1", b"title: \xff", b"- a list"])
+def test_a_file_that_is_no_yaml_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=r"broken\.yaml is not"):
+        read_config([CONFIGS / "figure_1a.yaml", tmp_path / "broken.yaml"])
 
 
 def test_missing_files_and_scales_are_named(tmp_path: Path) -> None:
@@ -234,14 +460,64 @@ def test_a_cell_leaves_no_file_where_it_is_run(tmp_path: Path, monkeypatch: pyte
     assert not list((tmp_path / "here").iterdir())
 
 
-def test_new_cells_are_logged_to_wandb_one_run_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Run:
+    """Stands for a run of W&B."""
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401
+        self.options, self.history, self.summary = options, [], {}
+        self.log = lambda values, step: self.history.append((step, values["test/error"]))
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_every_row_is_logged_to_wandb_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[Run] = []
+    monkeypatch.setattr("wandb.init", lambda **options: runs.append(Run(**options)) or runs[-1])
+    file = CONFIGS / "figure_4a.yaml"
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump({"grid": {"n": [6], "seed": [0]}}))
+    arguments = [*command(file, tmp_path), "--config", str(tmp_path / "one.yaml")]
+    main(arguments)
+    main([*arguments, "--wandb", "a_project"])  # the cell is not new, its rows are
+    assert [run.options["name"] for run in runs] == [
+        "network, n 6, width 2, lr 0.1, seed 0",
+        *(
+            f"network, {kernel}, n 6, m 6, t 2, width 2, lr 0.1, seed 0"
+            for kernel in ("after-kernel", "after-kernel, fresh")
+        ),
+    ]
+    assert {run.options["group"] for run in runs} == {"figure_4a"}
+    assert {run.options["config"]["arm"] for run in runs} == {"network"}
+    assert len({run.options["id"] for run in runs}) == 3
+    rows = table(tmp_path / "results" / "figure_4a.parquet")
+    for run, row in zip(runs, rows, strict=True):
+        assert run.history == list(zip(row["curve_steps"], row["curve_errors"], strict=True))
+        assert run.summary["test/last_error"] == row["last_error"]
+    main([*arguments, "--wandb", "a_project"])
+    assert len(runs) == 3
+    main([*arguments, "--wandb", "another"])
+    assert [run.options["id"] for run in runs[3:]] == [run.options["id"] for run in runs[:3]]
+
+
+def test_a_failure_of_wandb_does_not_end_the_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreachable(**_: object) -> object:
+        raise ConnectionError("api.wandb.ai [no answer]")
+
+    monkeypatch.setattr("wandb.init", unreachable)
+    main(command(CONFIGS / "figure_5a.yaml", tmp_path, "--wandb", "a_project"))
+    assert "has not taken all rows (api.wandb.ai [no answer])" in capsys.readouterr().err
+    assert (tmp_path / "results" / "figure_5a.parquet").exists()
+
+
+def test_wandb_keeps_runs_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     file = CONFIGS / "figure_4b.yaml"
     (tmp_path / "one.yaml").write_text(yaml.safe_dump({"grid": {"n": [6], "seed": [0]}}))
-    arguments = [*command(file, tmp_path, "--wandb", "a_project"), "--config", str(tmp_path / "one.yaml")]
-    main(arguments)
-    runs = list((tmp_path / "results" / "wandb").glob("offline-run-*"))
-    assert len(runs) == 2  # the network, and its after-kernel on fresh samples
-    main(arguments)
-    assert list((tmp_path / "results" / "wandb").glob("offline-run-*")) == runs
+    main([*command(file, tmp_path, "--wandb", "a_project"), "--config", str(tmp_path / "one.yaml")])
+    assert len(list((tmp_path / "results" / "wandb").glob("offline-run-*"))) == 1

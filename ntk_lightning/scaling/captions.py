@@ -5,11 +5,14 @@ from __future__ import annotations
 import html
 import math
 import re
+from collections.abc import Iterable
+from typing import Any
 
+from ntk_lightning.scaling.columns import Quantity
 from ntk_lightning.scaling.exponents import exponents
 from ntk_lightning.scaling.parting import timed_pairs
 from ntk_lightning.scaling.results import StudyResults
-from ntk_lightning.scaling.series import Quantity, study_series
+from ntk_lightning.scaling.series import study_series
 
 __all__ = ["html_text", "interval_text", "plain_text", "study_caption"]
 
@@ -22,14 +25,20 @@ def study_caption(results: StudyResults, quantity: Quantity = "error") -> str:
         quantity: Test error or test loss.
 
     Returns:
-        The study's own caption, then sentences on seeds, bars, fits, published exponents and everything left out.
+        The study's own caption, then sentences on data, network and optimizer, on seeds, bars, fits, published
+        exponents and everything left out.
     """
     figure, lines = results.config["figure"], study_series(results, quantity)
-    sentences = [str(figure.get("caption") or "").strip()]
+    sentences = [str(figure.get("caption") or "").strip(), _setting_sentence(results)]
     if results.config.get("scale"):
         sentences.append(f"Configured scale: {results.config['scale']}.")
     fits = "That of a network is its own at step $t$; every other" if results.axis == "t" else "Each"
-    sentences.append(f"{fits} test {quantity} is the lowest over the fit (optimal early stopping, an oracle).")
+    stopped = (
+        "that of the fit's last step"
+        if results.value == "last"
+        else "the lowest over the fit (optimal early stopping, an oracle)"
+    )
+    sentences.append(f"{fits} test {quantity} is {stopped}.")
     sentences.append(
         _spread_sentence({len(line.at(x)) for line in lines for x in [*line.places, None] if line.at(x).size})
     )
@@ -94,6 +103,40 @@ def interval_text(interval: tuple[float, float]) -> str:
     return f"[{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
+def _setting_sentence(results: StudyResults) -> str:
+    """Say on what data, with which networks and by which optimizers the rows were made."""
+    config, rows = results.config, results.rows
+    data, net = (config.get(key) or {} for key in ("data", "net"))
+    parts = [_class_text(data, ("path", "n_statistics", "eval_batch_size")), _class_text(net, ("in_channels",))]
+    texts = {column: _list_text(row[column] for row in rows) for column in ("n", "width", "lr", "momentum", "epochs")}
+    batches = _list_text(row["batch_size"] for row in rows if not row["full_batch"])
+    steps = [f"batches of {batches}"] * bool(batches) + ["full batch"] * any(row["full_batch"] for row in rows)
+    stops = any(arm.get("until_train_error") is not None for arm in config.get("arms", []))
+    parts += [
+        f"$n$ = {texts['n']}" if results.axis in ("t", "width") else "",
+        f"width {texts['width']}" if texts["width"] else "",
+        f"learning rate {texts['lr']}",
+        f"momentum {texts['momentum']}",
+        " or ".join(steps),
+        f"{'at most ' * stops}{texts['epochs']} epochs",
+    ]
+    text = ", ".join(filter(None, parts))
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _class_text(made: dict[str, Any], hidden: tuple[str, ...]) -> str:
+    """The class of a configuration with its arguments: "MyrtleCNN (depth 5)"."""
+    name = str(made.get("class_path") or "").rpartition(".")[2]
+    arguments = {key: value for key, value in (made.get("init_args") or {}).items() if key not in hidden}
+    told = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in arguments.items())
+    return f"{name} ({told})" if name and told else name
+
+
+def _list_text(values: Iterable[float | None]) -> str:
+    """The different values, ascending."""
+    return ", ".join(f"{value:g}" for value in sorted({value for value in values if value is not None}))
+
+
 def _spread_sentence(counts: set[int]) -> str:
     kinds = {
         "none (one seed)": {c for c in counts if c == 1},
@@ -126,7 +169,8 @@ def _left_out(results: StudyResults, quantity: Quantity) -> list[str]:
     ]
     if diverged:
         arms = ", ".join(sorted({row["arm"] for row in diverged}))
+        shown = "last" if results.value == "last" else "best"
         sentences.append(
-            f"Fits whose last test loss is not finite ({len(diverged)}; their best error is shown): {arms}."
+            f"Fits whose last test loss is not finite ({len(diverged)}; their {shown} error is shown): {arms}."
         )
     return sentences

@@ -11,21 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from torch import nn
+from jsonargparse import ArgumentError, ArgumentParser
 
 from ntk_lightning.configs import find_config
-from ntk_lightning.datamodules.base import ImageDataModule
 from ntk_lightning.optim import OptimizerConfig
+from ntk_lightning.scaling.columns import AFTER, DURING, FRESH, WIDTH_FREE, Kernel, Model, Value
 
-__all__ = ["Arm", "Cell", "FigureConfig", "Grid", "Model", "StudyConfig", "build", "check", "read_config"]
-
-Model: TypeAlias = Literal["network", "empirical", "infinite", "nngp", "order 2", "order 3"]
-TRAINED = ("network", "order 2", "order 3")
-WIDTH_FREE = ("infinite", "nngp")
+__all__ = ["Arm", "Cell", "FigureConfig", "Grid", "StudyConfig", "read_config"]
 
 
 @dataclass(frozen=True)
@@ -66,8 +61,11 @@ class Arm:
         after_fresh: The same on fresh samples, K_m^F.
         kernels_at: Fit the network's kernel K^t at these steps t, or at so many logarithmically spaced ones.
         until_train_error: Stop the network where its training error has fallen to this fraction.
-        show: Which of the models above belong to the figure: "network", "after-kernel", "after-kernel, fresh", "kernel
+        show: Which of the arm's models belong to the figure: "network", "after-kernel", "after-kernel, fresh", "kernel
             during training"; by default all.
+
+    Raises:
+        ValueError: A value is out of range, or asks for a kernel that the arm does not make.
     """
 
     label: str
@@ -77,13 +75,36 @@ class Arm:
     after_fresh: list[int | Literal["m"]] = field(default_factory=list)
     kernels_at: int | list[int] | None = None
     until_train_error: float | None = None
-    show: list[str] | None = None
+    show: list[Model | Kernel] | None = None
 
     def __post_init__(self) -> None:
-        kernels = {name: getattr(self, name) for name in ("after", "after_fresh", "kernels_at", "until_train_error")}
-        asked = [name for name, value in kernels.items() if value]
+        given = {
+            "after": bool(self.after),
+            "after_fresh": bool(self.after_fresh),
+            "kernels_at": self.kernels_at is not None,
+            "until_train_error": self.until_train_error is not None,
+        }
+        asked = [name for name, is_given in given.items() if is_given]
         if asked and self.model != "network":
             raise ValueError(f"Arm {self.label!r} of model {self.model!r} cannot have {asked}: only a network can.")
+        for name, sizes in (("after", self.after), ("after_fresh", self.after_fresh)):
+            if any(size != "m" and size < 1 for size in sizes):
+                raise ValueError(f'{name} of arm {self.label!r} must be sizes of at least 1, or "m", got {sizes}.')
+        steps = [self.kernels_at] if isinstance(self.kernels_at, int) else self.kernels_at
+        if steps is not None and min(steps, default=0) < 1:
+            raise ValueError(
+                f"kernels_at of arm {self.label!r} must be steps of at least 1, or how many, got {self.kernels_at}."
+            )
+        if self.until_train_error is not None and not 0 <= self.until_train_error <= 1:
+            raise ValueError(
+                f"until_train_error of arm {self.label!r} must be in [0, 1], got {self.until_train_error}."
+            )
+        made = [self.model, *(kernel for kernel, key in _KERNELS.items() if given[key])]
+        if (self.show is not None and not {*self.show} <= {*made}) or self.show == []:
+            raise ValueError(f"show = {self.show} of arm {self.label!r} must name some of what it makes: {made}.")
+
+
+_KERNELS: dict[Kernel, str] = {AFTER: "after", FRESH: "after_fresh", DURING: "kernels_at"}
 
 
 @dataclass(frozen=True)
@@ -95,6 +116,8 @@ class FigureConfig:
         fitted_on: Show only kernels of trained networks that were fitted on so many samples; "m" for as many as the
             network was trained on.
         at: Show only kernels K^t at these steps t.
+        value: "optimal" draws the least error or loss over training (an oracle), "last" that of the last step.
+        chance: Test error of guessing, near which a power law is not to be trusted.
         published: Exponents of the source paper, by label, for the caption.
         caption: What the figure shows.
     """
@@ -102,6 +125,8 @@ class FigureConfig:
     x: Literal["n", "m", "t", "width"] = "n"
     fitted_on: int | Literal["m"] | None = None
     at: list[int] | None = None
+    value: Value = "optimal"
+    chance: float = 0.5
     published: dict[str, float] = field(default_factory=dict)
     caption: str = ""
 
@@ -123,6 +148,9 @@ class Cell:
         until_train_error: Stop there.
         data: Class path and arguments of the data module.
         net: Class path and arguments of the network.
+
+    Raises:
+        ValueError: n or width is below 1.
     """
 
     model: Model
@@ -137,6 +165,11 @@ class Cell:
     until_train_error: float | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
     net: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in (("n", self.n), ("width", self.width)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} of the grid must be at least 1, got {value}.")
 
     @property
     def config(self) -> str:
@@ -158,7 +191,7 @@ class StudyConfig:
     """A grid of runs over models, sizes, widths, optimizers and seeds, and the figure that they make.
 
     Args:
-        name: Of the result table and of the pictures.
+        name: Of the result table and of the pictures, in the folder of results.
         title: Of the figure.
         data: ``class_path`` and ``init_args`` of a data module; sizes and subset seed come from the grid.
         net: The same of the network; its width comes from the grid.
@@ -166,6 +199,9 @@ class StudyConfig:
         grid: Values of every axis.
         figure: How it is drawn.
         scale: Name of the scale that was chosen.
+
+    Raises:
+        ValueError: The name cannot be that of a file.
     """
 
     name: str
@@ -177,6 +213,10 @@ class StudyConfig:
     figure: FigureConfig = field(default_factory=FigureConfig)
     scale: str = "paper"
 
+    def __post_init__(self) -> None:
+        if not self.name or self.name.startswith(".") or any(sign in self.name for sign in "/\\\0"):
+            raise ValueError(f"name = {self.name!r} of the study must be a file's name: no / and no leading dot.")
+
     def cells(self) -> dict[str, list[Cell]]:
         """Expand the grid.
 
@@ -184,19 +224,27 @@ class StudyConfig:
             The cells of each arm by its label, each cell once.
 
         Raises:
-            ValueError: Two arms have one label, an axis is empty, or a value is out of range.
+            ValueError: Two arms have one label, an axis is empty, a value is out of range, or an after-kernel is to be
+                fitted on more samples than any network of the arm is trained on.
         """
         labels = [arm.label for arm in self.arms]
         if len(set(labels)) < len(labels) or not labels:
             raise ValueError(f"Study {self.name} needs arms with different labels, got {labels}.")
         grids = {arm.label: _merge_grids(self.grid, arm.grid) for arm in self.arms}
+        for arm in self.arms:
+            useless = [size for size in arm.after if size != "m" and size > max(grids[arm.label]["n"])]
+            if useless:
+                raise ValueError(
+                    f"after = {useless} of arm {arm.label!r} is more than any of its n = {grids[arm.label]['n']}: a "
+                    "network's kernel is fitted on its own samples. Lower it, or take after_fresh."
+                )
         largest = max(max(grid["n"]) for grid in grids.values())
         return {arm.label: self._cells_of(arm, grids[arm.label], largest) for arm in self.arms}
 
     def shows(self, arm: Arm, row: Mapping[str, Any]) -> bool:
         """Tell whether a row of an arm's results belongs to the figure."""
         fitted_on = row["m"] if self.figure.fitted_on == "m" else self.figure.fitted_on
-        during = row["model"] == "kernel during training"
+        during = row["model"] == DURING
         return (
             (arm.show is None or row["model"] in arm.show)
             and (None in (row["m"], fitted_on) or row["n"] == fitted_on)
@@ -241,54 +289,14 @@ def _merge_grids(shared: Grid, own: Grid) -> dict[str, list[Any]]:
     return merged
 
 
-def build(cell: Cell) -> tuple[ImageDataModule, nn.Sequential]:
-    """Make a cell's data module and its network, whose weights are drawn from the generator as it stands.
-
-    Args:
-        cell: The cell.
-
-    Returns:
-        Data module, not set up, and network.
-
-    Raises:
-        ValueError: A class path or an argument is wrong.
-    """
-    parser, parsed = _parse(cell)
-    made = parser.instantiate_classes(parsed)
-    if not isinstance(made.net, nn.Sequential):
-        raise ValueError(f"net must make an nn.Sequential, {cell.net.get('class_path')} makes {type(made.net)}.")
-    return made.data, made.net
-
-
-def check(cell: Cell) -> None:
-    """Check the class paths and arguments of a cell without making anything.
-
-    Args:
-        cell: The cell.
-
-    Raises:
-        ValueError: A class path or an argument is wrong.
-    """
-    _parse(cell)
-
-
-def _parse(cell: Cell) -> tuple[ArgumentParser, Namespace]:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--data", type=ImageDataModule, required=True)
-    parser.add_argument("--net", type=nn.Module, required=True)
-    try:
-        return parser, parser.parse_object({"data": dict(cell.data), "net": dict(cell.net)})
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise ValueError(f"data or net of the study: {error}") from error
-
-
 def read_config(files: Sequence[str | Path], scale: str | None = None) -> StudyConfig:
     """Read a study from YAML.
 
     Args:
-        files: Later files change earlier ones; one that is not there is looked for among those that come with the
-            package, such as ``cli_configs/studies/figure_1a.yaml``. Their key ``base`` names a file beside them that
-            they change; their key ``scales`` holds, by name, further changes.
+        files: Later files change earlier ones, key by key at any depth; the value null removes a key, so that
+            ``published: null`` clears what an earlier file lists. A file that is not there is looked for among those
+            that come with the package, such as ``cli_configs/studies/figure_1a.yaml``. Their key ``base`` names a file
+            beside them that they change; their key ``scales`` holds, by name, further changes.
         scale: Which of those to make, in every file that has it; None for none.
 
     Returns:
@@ -296,13 +304,15 @@ def read_config(files: Sequence[str | Path], scale: str | None = None) -> StudyC
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: A key or value is wrong, or there is no such scale.
+        ValueError: A file is no YAML, a key or value is wrong, or there is no such scale.
     """
     raw: dict[str, Any] = {}
     names: set[str] = set()
     for file in files:
         content = _read_yaml(Path(find_config(str(file))))
         scales = content.pop("scales", {})
+        if not isinstance(scales, dict) or not all(isinstance(change, dict) for change in scales.values()):
+            raise ValueError(f"scales in {file} must map names to changes, such as scales: {{small: {{grid: ...}}}}.")
         names.update(scales)
         raw = _merge(_merge(raw, content), scales.get(scale, {}))
     if scale is not None:
@@ -312,28 +322,35 @@ def read_config(files: Sequence[str | Path], scale: str | None = None) -> StudyC
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(StudyConfig, as_group=False)
     try:
-        parsed = parser.instantiate_classes(parser.parse_object(raw))
+        return StudyConfig(**vars(parser.instantiate_classes(parser.parse_object(raw))))
     except (ArgumentError, TypeError, ValueError) as error:
         raise ValueError(f"{', '.join(map(str, files))}: {error}") from error
-    return StudyConfig(**vars(parsed))
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"No study configuration at {file}: cli_configs/studies has one per figure.")
-    content = yaml.safe_load(file.read_text())
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} is not a mapping of study settings: see cli_configs/studies.")
     base = content.pop("base", None)
-    return content if base is None else _merge(_read_yaml(file.parent / base), content)
+    return content if base is None else _merge(_read_yaml(file.parent / str(base)), content)
 
 
 def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """Change some keys, at any depth; a new ``class_path`` takes none of the old one's arguments."""
+    """Change some keys, at any depth; null removes one, a new ``class_path`` takes none of the old one's arguments."""
     if change.get("class_path", base.get("class_path")) != base.get("class_path"):
-        return change
+        base = {}
     merged = dict(base)
     for key, value in change.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict):
+            old = merged.get(key)
+            merged[key] = _merge(old if isinstance(old, dict) else {}, value)
+        else:
+            merged[key] = value
     return merged

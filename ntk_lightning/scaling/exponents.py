@@ -7,9 +7,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from ntk_lightning.scaling.columns import Quantity
 from ntk_lightning.scaling.fit import PowerLawFit, compare_exponents, fit_power_law
 from ntk_lightning.scaling.results import StudyResults
-from ntk_lightning.scaling.series import Quantity, Series, study_series
+from ntk_lightning.scaling.series import Series, study_series
 
 __all__ = ["FittedSeries", "exponents", "fit_series"]
 
@@ -62,10 +63,12 @@ def exponents(results: StudyResults, quantity: Quantity = "error") -> list[dict[
     fitted, rows = fit_series(results, quantity), []
     arms, first = Counter(line.series.arm for line in fitted), fitted[0] if fitted else None
     for line in fitted:
-        fit, p_value, paired = line.fit, None, False
+        fit, p_value, paired, notes = line.fit, None, False, list(line.notes)
         if fit and first and first.fit and line is not first:
             paired = line.seeds == first.seeds and len(line.seeds) > 1
             p_value = compare_exponents(first.fit, fit, paired=paired).p_value
+            if [*first.fit.n] != [*fit.n]:
+                notes.append(f"The p-value compares it with {first.series.label}, which is fitted on other sizes.")
         of_arm = published.get(line.series.arm) if arms[line.series.arm] == 1 else None
         rows.append(
             {
@@ -78,7 +81,7 @@ def exponents(results: StudyResults, quantity: Quantity = "error") -> list[dict[
                 "published": published.get(line.series.label, of_arm),
                 "p_value": p_value,
                 "paired": paired,
-                "notes": line.notes,
+                "notes": notes,
             }
         )
     return rows

@@ -21,7 +21,8 @@ def draw_dynamics(rows: Sequence[dict[str, Any]]) -> Figure:
     Figure 1C of arXiv 2206.10012: both axes are logarithmic; step 0 stands at the left end.
 
     Args:
-        rows: One a step, with "step", "n", "optimal_error" (of K^t_fit) and "network_error", errors in [0, 1].
+        rows: One a step, with "step", "n", "optimal_error" (of K^t_fit), "network_error" and "initial_error" (of K^0
+            trained for as many steps, or None), errors in [0, 1].
 
     Returns:
         The figure.
@@ -34,11 +35,12 @@ def draw_dynamics(rows: Sequence[dict[str, Any]]) -> Figure:
     percent = FuncFormatter(lambda value, _: f"{100 * value:g}%")
     axes.yaxis.set_major_formatter(percent)
     axes.yaxis.set_minor_formatter(percent)
-    kernel_errors = [row["optimal_error"] for row in rows]
+    initial = [(row["step"], row["initial_error"]) for row in rows if row["initial_error"] is not None]
     style: dict[str, Any] = {"markersize": 4, "linewidth": 1.8}
     axes.plot(steps, [row["network_error"] for row in rows], "o-", color=COLORS["network"], label="network", **style)
-    axes.plot(steps, kernel_errors, "s-", color=COLORS["empirical"], label="$K^t$, fitted to the whole set", **style)
-    axes.axhline(kernel_errors[0], color=COLORS["initial"], linestyle="--", linewidth=1.4, label="$K^0$, fitted")
+    axes.plot(*zip(*initial, strict=True), "--", color=COLORS["initial"], label="$K^0$, trained by the same steps")
+    fitted = [row["optimal_error"] for row in rows]
+    axes.plot(steps, fitted, "s-", color=COLORS["empirical"], label="$K^t$, fitted to the whole set", **style)
     axes.set_ylabel("test error")
     axes.set_title(f"Empirical NTK during training, n = {rows[-1]['n']}", loc="left")
     axes.legend(frameon=False)

@@ -14,8 +14,9 @@ from PIL import Image
 from rich.console import Console
 
 from ntk_lightning.scaling.captions import plain_text, study_caption
+from ntk_lightning.scaling.columns import QUANTITIES
 from ntk_lightning.scaling.exponents import exponents
-from ntk_lightning.scaling.report_page import EXPONENTS, QUANTITIES, TITLE, html_page, picture, provenance
+from ntk_lightning.scaling.report_page import EXPONENTS, TITLE, html_page, picture, provenance
 from ntk_lightning.scaling.results import StudyResults, read_results
 from ntk_lightning.scaling.series import study_series
 from ntk_lightning.scaling.study_figures import exponent_cells
@@ -116,7 +117,7 @@ def _build(wr: ModuleType, studies: list[StudyResults], project: str, entity: st
             wr.LinePlot(title=f"Test {quantity}", x="Step", y=[f"test/{quantity}"], log_x=True, log_y=True)
             for quantity in QUANTITIES
         ]
-        summary = wr.SummaryMetric("test/optimal_error")
+        summary = wr.SummaryMetric(f"test/{study.value}_error")
         panels.append(wr.ScatterPlot(title="Test error", x=wr.Config("n"), y=summary, log_x=True, log_y=True))
         blocks.append(wr.PanelGrid(runsets=[runs], panels=panels))
     return wr.Report(**owner, title=TITLE, description=f"{len(studies)} figures", blocks=blocks, width="fixed")

@@ -12,15 +12,15 @@ from string import Template
 from typing import Any
 
 from ntk_lightning.scaling.captions import html_text, plain_text, study_caption
+from ntk_lightning.scaling.columns import QUANTITIES, Quantity
 from ntk_lightning.scaling.exponents import exponents
 from ntk_lightning.scaling.results import StudyResults
-from ntk_lightning.scaling.series import Quantity, study_series
+from ntk_lightning.scaling.series import study_series
 from ntk_lightning.scaling.study_figures import draw_study, exponent_cells
 
 __all__ = ["TITLE", "html_page", "picture"]
 
 TITLE = "Scaling laws of networks and their kernels"
-QUANTITIES: tuple[Quantity, ...] = ("error", "loss")
 EXPONENTS = ("line", "β", "95% interval", "R²", "sizes", "seeds", "published", "p (same as first)")
 SETTINGS = ("arm", "model", "lr", "momentum", "batch size", "epochs", "width", "n", "m", "seeds", "fits")
 PAGE = Template("""<!DOCTYPE html>
@@ -104,7 +104,7 @@ def provenance(studies: Iterable[StudyResults]) -> str:
         One sentence.
     """
     rows = [row for study in studies for row in study.rows]
-    versions = _values(f"{row['version']} ({(row['git_revision'] or 'unknown revision')[:12]})" for row in rows)
+    versions = _values(f"{row['version']} ({row['git_revision'] or 'unknown revision'})" for row in rows)
     seconds = sum({row["cell"]: row["seconds"] or 0.0 for row in rows}.values())
     work = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} minutes"
     return f"Run with ntk_lightning {versions}, in {work} of work altogether."

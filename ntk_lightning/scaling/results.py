@@ -9,14 +9,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich.console import Console
+
+from ntk_lightning.scaling.columns import COLUMNS, Value
 
 __all__ = ["StudyResults", "read_results", "read_study"]
 
 AXES = ("n", "m", "t", "width")
-COLUMNS = (
-    *("arm", "model", "n", "m", "t", "width", "seed", "lr", "momentum", "batch_size", "full_batch", "epochs"),
-    *("optimal_error", "last_error", "optimal_loss", "last_loss", "network_error", "network_loss"),
-)
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,11 @@ class StudyResults:
         """The column on the figure's horizontal axis: n, m, t or width."""
         return str(self.config["figure"]["x"])
 
+    @property
+    def value(self) -> Value:
+        """What is drawn of an error curve: its least value, "optimal", or its last."""
+        return "last" if self.config["figure"].get("value") == "last" else "optimal"
+
 
 def read_study(path: str | Path) -> StudyResults:
     """Read the table of one study.
@@ -67,12 +71,12 @@ def read_study(path: str | Path) -> StudyResults:
         table = pq.read_table(path)
         config = json.loads((table.schema.metadata or {})[b"study"])
         problem = None if config["figure"]["x"] in AXES and config["name"] else f"its figure needs x in {AXES}"
-    except (pa.ArrowInvalid, KeyError, TypeError, json.JSONDecodeError):
+    except (OSError, pa.ArrowException, AttributeError, KeyError, TypeError, json.JSONDecodeError):
         raise ValueError(
             f"{path} is not the table of a study (parquet with the study's configuration in its metadata): keep other "
             "files out of the results folder."
         ) from None
-    missing = [column for column in COLUMNS if column not in table.column_names]
+    missing = [column for column in COLUMNS.names if column not in table.column_names]
     if missing:
         problem = f"it lacks the columns {missing}"
     elif not table.num_rows:
@@ -83,7 +87,7 @@ def read_study(path: str | Path) -> StudyResults:
 
 
 def read_results(folder: str | Path) -> list[StudyResults]:
-    """Read the tables of all studies in a folder.
+    """Read the tables of all studies in a folder; one that cannot be read is left out and told of.
 
     Args:
         folder: Where the studies wrote.
@@ -93,6 +97,7 @@ def read_results(folder: str | Path) -> list[StudyResults]:
 
     Raises:
         FileNotFoundError: There is no such folder, or no table in it.
+        ValueError: No table can be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -100,4 +105,14 @@ def read_results(folder: str | Path) -> list[StudyResults]:
     paths = sorted(folder.glob("*.parquet"))
     if not paths:
         raise FileNotFoundError(f"There are no tables (*.parquet) in {folder}: run a study first, with this folder.")
-    return [read_study(path) for path in paths]
+    studies, problems = [], []
+    for path in paths:
+        try:
+            studies.append(read_study(path))
+        except ValueError as error:
+            problems.append(str(error))
+    if not studies:
+        raise ValueError(" ".join(problems))
+    for problem in problems:
+        Console(stderr=True).print(f"Left out: {problem}", soft_wrap=True, markup=False, emoji=False)
+    return studies

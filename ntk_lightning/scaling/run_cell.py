@@ -18,18 +18,22 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from ntk_lightning.callbacks import AfterKernel, EmpiricalNTKDynamics, OptimalEarlyStopping, StopAtTrainError
-from ntk_lightning.callbacks.infinite_ntk_fit import infinite_grams
 from ntk_lightning.callbacks.kernel_fit import Arm, fit_nested
 from ntk_lightning.datamodules.base import ImageDataModule
 from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK
 from ntk_lightning.kernels.infinite import Kind
+from ntk_lightning.kernels.stored_grams import infinite_grams
 from ntk_lightning.modules import FiniteNetwork, LinearizedNetwork
-from ntk_lightning.scaling.cells import TRAINED, Cell, build
+from ntk_lightning.scaling.building import build
+from ntk_lightning.scaling.cells import Cell
+from ntk_lightning.scaling.columns import AFTER, DURING, FRESH, TRAINED
 
 __all__ = ["run_cell"]
 
 
-def run_cell(cell: Cell, grams: Path, *, threads: int | None = None, progress: bool = False) -> list[dict[str, Any]]:
+def run_cell(
+    cell: Cell, grams: Path, *, threads: int | None = None, memory: str = "4GB", progress: bool = False
+) -> list[dict[str, Any]]:
     """Train or fit what a cell describes.
 
     The cell's seed fixes its data, weights and batches, so that the result is the same in any process and any order.
@@ -38,6 +42,7 @@ def run_cell(cell: Cell, grams: Path, *, threads: int | None = None, progress: b
         cell: What to run.
         grams: Folder of the store that cells share their infinite-width Grams in.
         threads: CPU threads; sums, and so the last digits, depend on their number. None leaves it as it is.
+        memory: Budget of an extraction of an empirical NTK, such as "4GB".
         progress: Show progress bars.
 
     Returns:
@@ -54,17 +59,19 @@ def run_cell(cell: Cell, grams: Path, *, threads: int | None = None, progress: b
             order = int(cell.model.split()[1]) if cell.model.startswith("order") else None
             module = LinearizedNetwork(net, cell.optimizer, order) if order else FiniteNetwork(net, cell.optimizer)
             with TemporaryDirectory() as scratch:
-                rows = _train(cell, module, data, scratch)
+                rows = _train(cell, module, data, memory, scratch)
         else:
-            rows = [_row(cell, cell.model, _fit_kernel(cell, net, data, grams, progress))]
+            rows = [_row(cell, cell.model, _fit_kernel(cell, net, data, grams, memory, progress))]
     seconds = time.perf_counter() - started
     return [{**row, "seconds": seconds} for row in rows]
 
 
-def _train(cell: Cell, module: LightningModule, data: ImageDataModule, scratch: str) -> list[dict[str, Any]]:
+def _train(
+    cell: Cell, module: LightningModule, data: ImageDataModule, memory: str, scratch: str
+) -> list[dict[str, Any]]:
     """Train a network; the callbacks' own tables and pictures go to a folder that nobody keeps."""
-    curve, after = OptimalEarlyStopping(), AfterKernel(cell.after, cell.after_fresh)
-    during = EmpiricalNTKDynamics(log_spaced=cell.log_spaced, at=cell.kernels_at)
+    curve, after = OptimalEarlyStopping(), AfterKernel(cell.after, cell.after_fresh, memory=memory)
+    during = EmpiricalNTKDynamics(log_spaced=cell.log_spaced, at=cell.kernels_at, memory=memory)
     callbacks: list[Callback] = [curve]
     if cell.after or cell.after_fresh:
         callbacks.append(after)
@@ -86,16 +93,16 @@ def _train(cell: Cell, module: LightningModule, data: ImageDataModule, scratch: 
     trainer.fit(module, datamodule=data)
     rows = [_row(cell, cell.model, arm) for arm in curve.arms()]
     for arm in after.arms():
-        model = "after-kernel, fresh" if arm.name.endswith("fresh samples") else "after-kernel"
+        model = FRESH if arm.name.endswith("fresh samples") else AFTER
         rows.append(_row(cell, model, arm, m=cell.n, t=trainer.global_step))
     for row in during.rows:
         arm = Arm(**{name: row[name] for name in Arm.__dataclass_fields__})
-        network = {name: row[name] for name in ("network_error", "network_loss")}
-        rows.append(_row(cell, "kernel during training", arm, m=cell.n, t=row["step"], **network))
+        beside = {name: row[name] for name in ("network_error", "network_loss", "initial_error", "initial_loss")}
+        rows.append(_row(cell, DURING, arm, m=cell.n, t=row["step"], **beside))
     return rows
 
 
-def _fit_kernel(cell: Cell, net: nn.Sequential, data: ImageDataModule, grams: Path, progress: bool) -> Arm:
+def _fit_kernel(cell: Cell, net: nn.Sequential, data: ImageDataModule, grams: Path, memory: str, progress: bool) -> Arm:
     """Fit a kernel of the untrained network on the training subset."""
     data.prepare_data()
     data.setup()
@@ -105,7 +112,7 @@ def _fit_kernel(cell: Cell, net: nn.Sequential, data: ImageDataModule, grams: Pa
     evaluation = dict(zip(("test", "val"), others, strict=False))
     gram_and_cross: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
     if cell.model == "empirical":
-        gram_and_cross = partial(EmpiricalNTK(net.to(device)).gram_and_cross, progress=progress)
+        gram_and_cross = partial(EmpiricalNTK(net.to(device), memory=memory).gram_and_cross, progress=progress)
     else:
         kind: Kind = "nngp" if cell.model == "nngp" else "ntk"
         gram_and_cross = infinite_grams(InfiniteNTK(net, kind), grams, progress=progress)
@@ -113,8 +120,8 @@ def _fit_kernel(cell: Cell, net: nn.Sequential, data: ImageDataModule, grams: Pa
     return Arm.of_fit(cell.model, cell.n, fits[cell.n])
 
 
-def _row(cell: Cell, model: str, arm: Arm, **extra: float) -> dict[str, Any]:
-    """A row of the result table (see ``COLUMNS`` of :mod:`~ntk_lightning.scaling.study`)."""
+def _row(cell: Cell, model: str, arm: Arm, **extra: float | None) -> dict[str, Any]:
+    """A row of the result table (see :mod:`~ntk_lightning.scaling.columns`)."""
     losses = [float("nan") if loss is None else loss for loss in arm.curve["losses"]]
     optimizer = {name: value for name, value in vars(cell.optimizer).items() if name != "seed"}
     return {

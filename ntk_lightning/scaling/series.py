@@ -6,23 +6,21 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ntk_lightning.scaling.columns import AFTER, DURING, FRESH, MODELS, Quantity
 from ntk_lightning.scaling.results import StudyResults
 
-__all__ = ["Quantity", "Series", "collect", "size_text", "study_series"]
+__all__ = ["Series", "collect", "size_text", "study_series"]
 
-Quantity = Literal["error", "loss"]
-MODELS = (
-    *("network", "empirical", "infinite", "nngp", "order 2", "order 3"),
-    *("after-kernel", "after-kernel, fresh", "kernel during training"),
-)
-AFTER_KERNELS = {"after-kernel": "K", "after-kernel, fresh": "K^F"}
-DURING = "kernel during training"
-SETTINGS = {"width": "width", "lr": "lr", "momentum": "momentum", "batch_size": "batch", "epochs": "epochs"}
+AFTER_KERNELS = {AFTER: "K", FRESH: "K^F"}
+SETTINGS = {
+    **{"width": "width", "lr": "lr", "momentum": "momentum", "batch_size": "batch", "epochs": "epochs"},
+    "full_batch": "full batch",
+}
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,8 @@ def study_series(results: StudyResults, quantity: Quantity = "error", *, keep_em
         keep_empty: Keep lines without any finite value as well.
 
     Returns:
-        The lines, networks first; values are the best over training, ``optimal_error`` or ``optimal_loss``.
+        The lines, networks first; values are the best over training, ``optimal_error`` or ``optimal_loss``, or those of
+        the last step where the study's ``figure.value`` is "last".
 
     Raises:
         ValueError: A line has two fits of one seed at one place.
@@ -101,9 +100,8 @@ def study_series(results: StudyResults, quantity: Quantity = "error", *, keep_em
     for (model, arm), group in sorted(groups.items(), key=lambda item: order.get(item[0][0], len(order))):
         for rows, time in _split(group, axis):
             label = _label(rows, group, axis, time)
-            lines.append(
-                collect(Series(label, arm, model, _shared(rows, "n"), {}, [], rows), axis, f"optimal_{quantity}")
-            )
+            line = Series(label, arm, model, _shared(rows, "n"), {}, [], rows)
+            lines.append(collect(line, axis, f"{results.value}_{quantity}"))
     for telling in ("arm", "model"):
         names = Counter(line.label for line in lines)
         lines = [
@@ -213,6 +211,9 @@ def _label(rows: list[dict[str, Any]], group: list[dict[str, Any]], axis: str, t
         label = f"${AFTER_KERNELS[model]}_{{{samples}}}(n)${time}".replace("_{n}", "_n").replace("_{m}", "_m")
     for column, name in SETTINGS.items():
         if column != axis and len({row[column] for row in group}) > 1:
+            if column == "full_batch":
+                label += f", {name}" if row[column] else ", mini-batches"
+                continue
             value = f"{row[column]:g}"
             label += "" if re.search(rf"(?<![\w.]){re.escape(value)}(?![\w.])", label) else f", {name} {value}"
     of_network = axis == "m" and row["m"] is not None

@@ -1,53 +1,28 @@
-"""Grids of cells, run here or on Ray, cell by cell, so that a killed study goes on where it was.
-
-Longer than 300 lines, since what makes a study resumable (cells, tables, failures) is decided in one place.
-"""
+"""Grids of cells, run here or on Ray, cell by cell, so that a killed study goes on where it was."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import subprocess
-import traceback
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeAlias, cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ntk_lightning.scaling.cells import Cell, StudyConfig, check, read_config
-from ntk_lightning.scaling.run_cell import run_cell
+from ntk_lightning.kernels.memory import parse_bytes
+from ntk_lightning.scaling.building import check_study, set_up_data
+from ntk_lightning.scaling.cell_files import Rows, place_first, read_cell, write_table, writing
+from ntk_lightning.scaling.cells import Cell, StudyConfig, read_config
+from ntk_lightning.scaling.columns import COLUMNS
+from ntk_lightning.scaling.executors import in_process, on_ray
 from ntk_lightning.scaling.wandb_runs import log_rows
 
-__all__ = ["COLUMNS", "StudyError", "run_study", "study"]
-
-COLUMNS = pa.schema(
-    [
-        *((name, pa.string()) for name in ("study", "arm", "model", "cell")),
-        *((name, pa.int64()) for name in ("n", "m", "t", "width", "seed")),
-        *((name, pa.float64()) for name in ("lr", "momentum")),
-        ("batch_size", pa.int64()),
-        ("full_batch", pa.bool_()),
-        *((name, pa.int64()) for name in ("epochs", "steps")),
-        *((name, pa.float64()) for name in ("optimal_error", "last_error", "optimal_loss", "last_loss")),
-        ("optimal_step", pa.int64()),
-        *((name, pa.float64()) for name in ("network_error", "network_loss")),
-        ("curve_steps", pa.list_(pa.int64())),
-        *((name, pa.list_(pa.float64())) for name in ("curve_errors", "curve_losses")),
-        ("seconds", pa.float64()),
-        *((name, pa.string()) for name in ("config", "git_revision", "version")),
-    ]
-)
-Rows: TypeAlias = list[dict[str, Any]]
-Run: TypeAlias = Callable[[Iterable[Cell], Path, int], Iterator[tuple[Cell, Rows | str]]]
+__all__ = ["StudyError", "run_study", "study"]
 
 
 class StudyError(RuntimeError):
@@ -61,6 +36,7 @@ def study(
     ray: str | None = None,
     cpus: int | None = None,
     gpus: float = 0.0,
+    memory: str = "4GB",
     wandb: str | None = None,
 ) -> Path:
     """Run a study: a grid of training runs and kernel fits, resumed cell by cell when run again.
@@ -70,9 +46,10 @@ def study(
         scale: One of the configuration's scales, such as "small".
         output: Folder of results; by default runs/studies/<scale>. Studies in one folder share their cells and Grams.
         ray: Run the cells on Ray: "local", or the address of a cluster.
-        cpus: CPU threads of a cell, by default all of this machine.
+        cpus: CPU threads of a cell, see :func:`run_study`.
         gpus: GPUs of a cell on Ray; a fraction lets several cells share one.
-        wandb: W&B project to log every new cell to; by default none.
+        memory: Budget of an extraction of an empirical NTK, such as "4GB".
+        wandb: W&B project to log the study's rows to; by default none.
 
     Returns:
         The table of results.
@@ -82,8 +59,9 @@ def study(
     """
     chosen = read_config(config, scale)
     folder = Path(output or f"runs/studies/{chosen.scale}")
-    path = run_study(chosen, folder, ray=ray, cpus=cpus, gpus=gpus, wandb_project=wandb)
-    Console().print(f"Results: {path}. Draw them: python -m ntk_lightning figures {folder}", soft_wrap=True)
+    path = run_study(chosen, folder, ray=ray, cpus=cpus, gpus=gpus, memory=memory, wandb_project=wandb)
+    text = f"Results: {path}. Draw them: python -m ntk_lightning figures {folder}"
+    Console().print(text, soft_wrap=True, markup=False, emoji=False)
     return path
 
 
@@ -94,23 +72,27 @@ def run_study(
     ray: str | None = None,
     cpus: int | None = None,
     gpus: float = 0.0,
+    memory: str = "4GB",
     wandb_project: str | None = None,
 ) -> Path:
     """Run those cells of a study that have no result yet, and gather the table.
 
     A finished cell is one file ``cells/<key>.parquet``, named by the content of its configuration and moved there when
     it is complete: what is there is never computed again, in whichever study it occurs, nor written again where two
-    processes have computed it at the same time. Infinite-width Grams lie in
-    ``grams``. The table ``<name>.parquet`` has one row for each fitted model (``COLUMNS``), with the study's
-    configuration in its metadata; it is written when the study ends, however it ends.
+    processes have computed it at the same time. Only a file that cannot be read is replaced. Infinite-width Grams lie
+    in ``grams``. The table ``<name>.parquet`` has one row for each fitted model (the columns of
+    :mod:`~ntk_lightning.scaling.columns`), with the study's configuration in its metadata; it is written when the study
+    ends, however it ends, once it has a row.
 
     Args:
         config: The study.
         folder: Where results lie.
         ray: Run the cells on Ray: "local", or the address of a cluster, whose nodes must see ``folder``.
-        cpus: CPU threads of a cell, by default all of this machine; the last digits of results depend on it.
-        gpus: GPUs of a cell on Ray.
-        wandb_project: W&B project to log new cells to.
+        cpus: CPU threads of a cell; the last digits of results depend on it. By default all of this machine; on Ray
+            those of the smallest node, or with ``gpus`` so many that a node's GPUs are all used.
+        gpus: GPUs of a cell on Ray, a fraction or a whole number.
+        memory: Budget of an extraction of an empirical NTK, such as "4GB"; one that is too small fails the cell.
+        wandb_project: W&B project to log the study's rows to, those that are not there yet.
 
     Returns:
         The table of results.
@@ -120,184 +102,117 @@ def run_study(
         StudyError: Cells failed; their tracebacks are printed, and the others are in the table.
         ValueError: The configuration is wrong.
     """
+    _check_resources(ray, cpus, gpus, memory)
     arms = config.cells()
-    for group in arms.values():
-        check(group[0])
+    check_study(config, arms)
     cells = {cell.key: cell for group in arms.values() for cell in group}
-    results = {key: folder / "cells" / f"{key}.parquet" for key in cells}
-    pending = [cell for key, cell in cells.items() if not results[key].exists()]
-    with _writing(folder / "cells"):
-        (folder / "cells").mkdir(parents=True, exist_ok=True)
-    threads = cpus or os.cpu_count() or 1
-    failures: dict[str, str] = {}
+    files = {key: folder / "cells" / f"{key}.parquet" for key in cells}
+    pending = [cell for key, cell in cells.items() if read_cell(files[key]) is None]
+    grams, failures = folder.resolve() / "grams", dict[str, str]()
     origin = {"git_revision": _git_revision(), "version": version("ntk_lightning")}
     try:
-        executor = _in_process() if ray is None else _on_ray(ray, threads, gpus)
+        if pending:
+            set_up_data(pending)
+        with writing(folder / "cells"):
+            (folder / "cells").mkdir(parents=True, exist_ok=True)
+        executor = in_process(grams, cpus, memory) if ray is None else on_ray(ray, grams, cpus, gpus, memory)
         with executor as (slots, run), _progress(config.name, pending, len(cells), slots) as report:
 
             def left() -> Iterator[Cell]:
                 for cell in pending:
-                    if results[cell.key].exists():  # another process has run it meanwhile
-                        report(cell)
-                    else:
+                    if read_cell(files[cell.key]) is None:
                         yield cell
+                    else:  # another process has run it meanwhile
+                        report(cell, False)
 
-            for cell, outcome in run(left(), folder.resolve() / "grams", threads):
+            for cell, outcome in run(left()):
                 if isinstance(outcome, str):
                     failures[cell.key] = outcome
                 else:
                     rows = [{**row, **origin} for row in outcome]
-                    _write(results[cell.key], pa.Table.from_pylist(rows, COLUMNS), place=_place_first)
-                    if wandb_project:
-                        log_rows(rows, wandb_project, config.name, folder)
-                report(cell)
+                    write_table(files[cell.key], pa.Table.from_pylist(rows, COLUMNS), place=place_first)
+                report(cell, cell.key in failures)
     finally:
-        path = _gather(config, arms, results, folder)
+        _print_failures(failures, cells)
+        path = folder / f"{config.name}.parquet"
+        gathered = _gather(config, arms, files, path)
+    if wandb_project:
+        log_rows(gathered, wandb_project, folder)
     if failures:
-        for key, text in failures.items():
-            Console(stderr=True).print(f"\n[bold red]Failed:[/] {cells[key]} (cell {key})\n{text}", highlight=False)
+        others = f"the others are in {path}" if gathered else "there is no table"
         raise StudyError(
-            f"{len(failures)} of {len(cells)} cells of {config.name} failed, as printed above; the others are in "
-            f"{path}. Run the same command again to retry the failed ones."
+            f"{len(failures)} of {len(cells)} cells of {config.name} failed, as printed above; {others}. Run the same "
+            "command again to retry the failed ones."
+        )
+    if not gathered:
+        raise StudyError(
+            f"None of the {len(cells)} cells of {config.name} has a row that its figure shows; a network that diverges "
+            "has no kernels, for instance. Change show of its arms, or lower the learning rate."
         )
     return path
 
 
-def _attempt(cell: Cell, grams: Path, threads: int, progress: bool) -> Rows | str:
-    """Run a cell: its rows, or the traceback of its failure."""
-    try:
-        return run_cell(cell, grams, threads=threads, progress=progress)
-    except Exception:  # whatever it was, it is reported, and the other cells go on
-        return traceback.format_exc()
+def _check_resources(ray: str | None, cpus: int | None, gpus: float, memory: str) -> None:
+    if cpus is not None and cpus < 1:
+        raise ValueError(f"--cpus must be at least 1, got {cpus}: leave it out for all CPUs.")
+    if not gpus >= 0 or (gpus > 1 and gpus != int(gpus)):
+        raise ValueError(f"--gpus must be a fraction of one GPU or a whole number of them, got {gpus}.")
+    if gpus and ray is None:
+        raise ValueError("--gpus needs --ray, which gives cells their GPUs; without it a cell takes the first GPU.")
+    parse_bytes(memory)
+
+
+def _print_failures(failures: Mapping[str, str], cells: Mapping[str, Cell]) -> None:
+    console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    for key, text in failures.items():
+        console.print(f"\nFailed: {cells[key]} (cell {key})", style="bold red")
+        console.print(text)
 
 
 @contextmanager
-def _in_process() -> Iterator[tuple[int, Run]]:
-    """Run cells one after another."""
-
-    def run(cells: Iterable[Cell], grams: Path, threads: int) -> Iterator[tuple[Cell, Rows | str]]:
-        for cell in cells:
-            yield cell, _attempt(cell, grams, threads, progress=True)
-
-    yield 1, run
-
-
-@contextmanager
-def _on_ray(address: str, threads: int, gpus: float) -> Iterator[tuple[int, Run]]:
-    """Run cells as Ray tasks, as many at once as the cluster has room for."""
-    try:
-        import ray
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            'Ray is not installed: pip install "ntk_lightning[ray]", or leave --ray out to run the cells here.'
-        ) from error
-    started = not ray.is_initialized()
-    if started:
-        ray.init(address=None if address == "local" else address, log_to_driver=False)
-    environment = {name: str(threads) for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
-    options: dict[str, Any] = {"num_cpus": threads, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
-
-    def run(cells: Iterable[Cell], grams: Path, threads: int) -> Iterator[tuple[Cell, Rows | str]]:
-        task = ray.remote(**options)(_attempt)
-        running = {task.remote(cell, grams, threads, False): cell for cell in cells}
-        while running:
-            for done in ray.wait(list(running))[0]:
-                cell = running.pop(done)
-                try:
-                    yield cell, ray.get(done)
-                except ray.exceptions.RayError:  # the worker died
-                    yield cell, traceback.format_exc()
-
-    try:
-        resources: dict[str, float] = cast(Any, ray).cluster_resources()
-        rooms = [resources.get("CPU", 0) / threads, *([resources.get("GPU", 0) / gpus] if gpus else [])]
-        if min(rooms) < 1:
-            raise ValueError(
-                f"The cluster has {resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs, and a cell "
-                f"asks for {threads} and {gpus:g}: lower --cpus or --gpus."
-            )
-        yield int(min(rooms)), run
-    finally:
-        if started:
-            ray.shutdown()
-
-
-@contextmanager
-def _progress(name: str, pending: Sequence[Cell], total: int, slots: int) -> Iterator[Callable[[Cell], None]]:
-    """Show the cells done and running, and the time left, counting a cell by its training samples."""
+def _progress(name: str, pending: Sequence[Cell], total: int, slots: int) -> Iterator[Callable[[Cell, bool], None]]:
+    """Show the cells done, failed and running, and the time left, counting a cell by its training samples."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
-        TextColumn("{task.fields[done]}/{task.fields[cells]} cells, {task.fields[running]} running"),
+        TextColumn("{task.fields[counts]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    left = len(pending)
-    with Progress(*columns) as progress:
-        task = progress.add_task(
-            name, total=sum(cell.n for cell in pending), done=total - left, cells=total, running=min(left, slots)
-        )
+    left, failed = len(pending), 0
 
-        def report(cell: Cell) -> None:
-            nonlocal left
-            left -= 1
-            progress.update(task, advance=cell.n, done=total - left, running=min(left, slots))
+    def counts() -> str:
+        failures = f", {failed} failed" if failed else ""
+        return f"{total - left - failed}/{total} cells, {min(left, slots)} running{failures}"
+
+    with Progress(*columns) as progress:
+        task = progress.add_task(name, total=sum(cell.n for cell in pending), counts=counts())
+
+        def report(cell: Cell, has_failed: bool) -> None:
+            nonlocal left, failed
+            left, failed = left - 1, failed + has_failed
+            progress.update(task, advance=cell.n, counts=counts())
 
         yield report
 
 
-def _gather(config: StudyConfig, cells: Mapping[str, Sequence[Cell]], results: dict[str, Path], folder: Path) -> Path:
+def _gather(config: StudyConfig, arms: Mapping[str, Sequence[Cell]], files: Mapping[str, Path], path: Path) -> Rows:
     """Write the table of the cells that have results, and again where another process has finished some meanwhile."""
-    path, written = folder / f"{config.name}.parquet", None
-    while (done := [key for key, result in results.items() if result.exists()]) != written:
+    finished: dict[str, Rows] = {}
+    rows: Rows = []
+    while new := {key: read for key, file in files.items() if key not in finished and (read := read_cell(file))}:
+        finished |= new
         rows = [
             {**row, "study": config.name, "arm": arm.label}
             for arm in config.arms
-            for cell in cells[arm.label]
-            if cell.key in done
-            for row in pq.read_table(results[cell.key]).to_pylist()
+            for cell in arms[arm.label]
+            for row in finished.get(cell.key, [])
             if config.shows(arm, row)
         ]
-        metadata = {"study": json.dumps(asdict(config))}
-        _write(path, pa.Table.from_pylist(rows, COLUMNS).replace_schema_metadata(metadata))
-        written = done
-    return path
-
-
-def _write(path: Path, table: pa.Table, place: Callable[[Path, Path], None] = os.replace) -> None:
-    """Write a table that is there whole or not at all."""
-    temporary = path.with_name(f".{uuid.uuid4().hex}.partial")
-    try:
-        with _writing(path):
-            pq.write_table(table, temporary)
-            place(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _place_first(temporary: Path, path: Path) -> None:
-    """Give a finished file its name, unless another process was first."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP):  # what folders without hard links say
-            raise
-        os.replace(temporary, path)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Say what to do when the body cannot write."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"Cannot write {path}: {error.strerror or error}. Make room there or choose another --output; finished "
-            "cells are kept, and the same command goes on from them",
-        ) from error
+        if rows:
+            metadata = {"study": json.dumps(asdict(config))}
+            write_table(path, pa.Table.from_pylist(rows, COLUMNS).replace_schema_metadata(metadata))
+    return rows
 
 
 def _git_revision() -> str | None:

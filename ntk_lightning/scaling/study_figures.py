@@ -20,23 +20,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from ntk_lightning.scaling.captions import interval_text, plain_text, study_caption
+from ntk_lightning.scaling.columns import DURING, MODELS, QUANTITIES, Quantity
 from ntk_lightning.scaling.exponents import exponents, fit_series
 from ntk_lightning.scaling.figures import COLORS, clean_axes, time_axis
 from ntk_lightning.scaling.parting import timed_pairs
 from ntk_lightning.scaling.results import StudyResults, read_results
-from ntk_lightning.scaling.series import Quantity, Series, size_text, study_series
+from ntk_lightning.scaling.series import Series, size_text, study_series
 
 __all__ = ["draw_study", "exponents_table", "figures"]
 
-MODEL_COLORS = {
-    **{name: COLORS[name] for name in ("network", "empirical", "infinite")},
-    "nngp": "#4f6f52",
-    "order 2": "#8d6a9f",
-    "order 3": "#5b4a8a",
-    "after-kernel": "#b8860b",
-    "after-kernel, fresh": "#6b4226",
-    "kernel during training": "#d1495b",
-}
+_OTHERS = "#4f6f52", "#8d6a9f", "#5b4a8a", "#b8860b", "#6b4226", "#d1495b"
+MODEL_COLORS = dict(
+    zip(MODELS, (*(COLORS[name] for name in ("network", "empirical", "infinite")), *_OTHERS), strict=True)
+)
 MARKERS = "osD^vPX*<>"
 AXIS_LABELS = {
     "n": "training samples $n$",
@@ -50,7 +46,7 @@ def draw_study(results: StudyResults, quantity: Quantity = "error", *, caption: 
 
     Args:
         results: A study.
-        quantity: Test error or test loss (mean squared error), each at its optimal early stopping.
+        quantity: Test error or test loss (mean squared error), the least over training or the last (``figure.value``).
         caption: Write the caption under the figure.
 
     Returns:
@@ -140,9 +136,8 @@ def figures(results: str, output: str | None = None, format: Literal["png", "pdf
     studies, folder = read_results(results), Path(output or results)
     folder.mkdir(parents=True, exist_ok=True)
     console, paths = Console(width=None if Console().is_terminal else 130), []
-    quantities: tuple[Quantity, ...] = ("error", "loss")
     for study in studies:
-        for quantity in quantities:
+        for quantity in QUANTITIES:
             if not study_series(study, quantity):
                 console.print(f"{study.name}: no finite test {quantity}, so no figure of it.", markup=False)
                 continue
@@ -192,9 +187,10 @@ def _draw_time(axes: Axes, results: StudyResults, quantity: Quantity) -> None:
     lines = study_series(results, quantity)
     for line, color in zip(lines, _colors(lines), strict=True):
         if not line.places:
-            _horizontal(axes, line, color, ", optimal early stopping")
+            stop = ", last step" if results.value == "last" else ", optimal early stopping"
+            _horizontal(axes, line, color, stop)
     pairs = timed_pairs(results, quantity)
-    inks = _shades(MODEL_COLORS["network"], len(pairs)), _shades(MODEL_COLORS["kernel during training"], len(pairs))
+    inks = _shades(MODEL_COLORS["network"], len(pairs)), _shades(MODEL_COLORS[DURING], len(pairs))
     for pair, *colors in zip(pairs, *inks, strict=True):
         kernel = pair.kernel
         fitted = " fitted" + (f" on n = {size_text(kernel.n)}" if kernel.n and len(pairs) == 1 else "")
