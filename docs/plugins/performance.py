@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 OURS, OTHERS = "#1b6ca8", "#b0b7c3"
+MACHINE = ("cpu", "cores", "python", "torch", "numpy")
+NOT_MEASURED = "not measured"
 
 
 def read(name: str) -> dict[str, Any]:
@@ -32,16 +34,14 @@ def tables() -> dict[str, str]:
         The tables by the names that the page asks for.
     """
     infinite, empirical, others = read("infinite_ntk_cpu"), read("empirical_ntk_cpu"), read("other_libraries_cpu")
+    sources = ("infinite_ntk_cpu", "empirical_ntk_cpu", "other_libraries_cpu", "import_time")
     return {
         "machines": _table(
             ["results", "processor", "cores", "Python", "PyTorch", "NumPy"],
             [
-                [f"`{name}.json`", *(str(machine[key]) for key in ("cpu", "cores", "python", "torch", "numpy"))]
-                for name, machine in (
-                    ("infinite_ntk_cpu", infinite["machine"]),
-                    ("empirical_ntk_cpu", empirical["machine"]),
-                    ("other_libraries_cpu", others["machine"]),
-                )
+                [f"`{name}.json`", *(str(read(name)["machine"][key]) for key in MACHINE)]
+                for name in sources
+                if (RESULTS / f"{name}.json").exists()
             ],
         ),
         "infinite": _table(
@@ -50,9 +50,9 @@ def tables() -> dict[str, str]:
                 [
                     row["network"],
                     f"{row['pairs_per_s']:.0f}",
-                    f"{row['neural_tangents_pairs_per_s']:.2f}",
-                    f"{row['ratio']:.0f}",
-                    f"{row['ratio_per_core']:.0f}",
+                    _number(row, "neural_tangents_pairs_per_s", ".2f"),
+                    _number(row, "ratio", ".0f"),
+                    _number(row, "ratio_per_core", ".0f"),
                 ]
                 for row in infinite["speed"]
             ],
@@ -99,6 +99,7 @@ def tables() -> dict[str, str]:
             [[name, f"{seconds:.4f}", f"{seconds / base:.2f}"] for name, seconds, base in _taylor(empirical)],
         ),
         "gpu": _gpu(),
+        "imports": _imports(),
         "rest": _table(
             ["what", "measured"],
             [
@@ -108,7 +109,8 @@ def tables() -> dict[str, str]:
                     f"{empirical['trainer']['samples_per_second_of_bare_loop']:.3f}",
                 ],
                 [
-                    f"`EmpiricalNTKDynamics` at 30 of {empirical['dynamics']['steps']} steps, times the run without",
+                    f"`EmpiricalNTKDynamics` at 30 log-spaced of {empirical['dynamics']['steps']} steps, times the run "
+                    "without",
                     f"{empirical['dynamics']['watched_over_unwatched']:.2f}",
                 ],
                 *(
@@ -132,9 +134,11 @@ def pictures() -> dict[str, str]:
         SVG by name.
     """
     infinite, empirical = read("infinite_ntk_cpu"), read("empirical_ntk_cpu")
-    speed = [(row["network"], row["neural_tangents_pairs_per_s"], row["pairs_per_s"]) for row in infinite["speed"]]
-    names = [name for network, *_ in speed for name in (f"{network}, neural-tangents", f"{network}, ours")]
-    values = [value for _, *pair in speed for value in pair]
+    keys = {"neural-tangents": "neural_tangents_pairs_per_s", "ours": "pairs_per_s"}
+    speed = [
+        (f"{row['network']}, {name}", row[key]) for row in infinite["speed"] for name, key in keys.items() if key in row
+    ]
+    names, values = [name for name, _ in speed], [value for _, value in speed]
     first = _bars(names[::-1], values[::-1], "pairs of 32x32 images a second", log=True)
     rows = [(name, seconds) for name, seconds, _ in _empirical(empirical)]
     second = _bars(
@@ -161,6 +165,27 @@ def _gpu() -> str:
     if not rows:
         return "`benchmarks/results/` has no results of a GPU yet."
     return _table(["GPU", "network", "pairs/s", "of the fp32 peak", "largest relative error, 6 images"], rows)
+
+
+def _imports() -> str:
+    """Table of what importing the package costs."""
+    if not (RESULTS / "import_time.json").exists():
+        return f"`benchmarks/results/import_time.json` is not there yet: {NOT_MEASURED}."
+    times = read("import_time")
+    rows = [
+        [
+            f"`{statement}`",
+            *(f"{times['median_seconds'][clock][name]:.2f}" for clock in ("wall", "processor")),
+            f"{ratio['processor']:.3f} times {ratio['peer']}" if (ratio := times["ratios"].get(name)) else "",
+        ]
+        for name, statement in times["statements"].items()
+    ]
+    return _table(["statement", "seconds", "processor seconds", "processor seconds beside Lightning's"], rows)
+
+
+def _number(row: dict[str, Any], key: str, form: str) -> str:
+    """A number of the results, of a peer that may not have been there."""
+    return format(row[key], form) if key in row else NOT_MEASURED
 
 
 def _empirical(results: dict[str, Any]) -> list[tuple[str, float, float]]:
