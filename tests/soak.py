@@ -7,6 +7,8 @@ moments, whose disk is full from some moment on, whose files are slow, and of wh
 one ends by itself. After every attempt what was finished must be there untouched, an error must be one that says what
 to do, and at the end all results must have the bits of an undisturbed run. The exit status is 1 if anything was lost or
 wrong; its folder is kept then. Linux only.
+
+Longer than 300 lines, since the rounds, their faults and the counting of what was lost share one state.
 """
 
 from __future__ import annotations

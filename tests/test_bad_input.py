@@ -1,4 +1,7 @@
-"""Bad input is refused before any work, with one sentence that says what to do; odd but legal input is right."""
+"""Bad input is refused before any work, with one sentence that says what to do; odd but legal input is right.
+
+Longer than 300 lines, since it is one table of cases.
+"""
 
 from __future__ import annotations
 

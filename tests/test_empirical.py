@@ -1,3 +1,8 @@
+"""The empirical NTK equals explicit gradients, stays within its memory budget, and tends to the infinite one.
+
+Longer than 300 lines, since every call of one class is held against the same explicit gradients.
+"""
+
 from __future__ import annotations
 
 import copy

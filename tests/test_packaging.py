@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import os
 import subprocess
@@ -18,6 +19,7 @@ import test_cli
 import yaml
 
 ROOT = Path(__file__).parents[1]
+SOURCES = "ntk_lightning", "callbacks", "datamodules", "tests", "benchmarks", "examples", "docs"
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +104,11 @@ def test_the_version_is_the_same_everywhere() -> None:
 )
 def test_configurations_of_the_checkout_are_yaml(file: str | Path) -> None:
     assert isinstance(yaml.safe_load((ROOT / file).read_text()), dict)
+
+
+def test_long_files_say_why() -> None:
+    files = [file for folder in SOURCES for file in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 100
+    for file in files:
+        text = file.read_text()
+        assert text.count("\n") <= 300 or "Longer than 300 lines" in (ast.get_docstring(ast.parse(text)) or ""), file

@@ -1,4 +1,7 @@
-"""What every kernel and every fit must satisfy, on architectures and data drawn at random."""
+"""What every kernel and every fit must satisfy, on architectures and data drawn at random.
+
+Longer than 300 lines, for the strategies that draw networks and data.
+"""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def test_without_wandb_workspaces_there_is_the_page_and_a_sentence(
             report(str(tmp_path))
     else:
         report(str(tmp_path))
-        assert 'pip install "ntk_lightning[report]"' in capsys.readouterr().out
+        assert "pip install wandb-workspaces" in capsys.readouterr().out
     assert (tmp_path / "report.html").exists()
     assert not (tmp_path / "report.json").exists()
 

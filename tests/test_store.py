@@ -1,3 +1,8 @@
+"""Grams on disk: the same bytes after kills, by any number of processes, and no finished block twice.
+
+Longer than 300 lines, since kills, damage and concurrent writers are tried on one logged kernel.
+"""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,7 @@
-"""Every shipped study runs; a study that is killed, or has a cell that fails, loses nothing else."""
+"""Every shipped study runs; a study that is killed, or has a cell that fails, loses nothing else.
+
+Longer than 300 lines, since kills, failures and wrong configurations are tried on the same tiny studies.
+"""
 
 from __future__ import annotations
 

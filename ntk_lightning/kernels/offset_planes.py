@@ -18,6 +18,8 @@ with ``layers`` from :func:`ntk_lightning.kernels.layers.parse`, checked by :fun
 "nngp"; checked images ``x1`` (n1, C, H, W) and ``x2`` (n2, C, H, W), or None for the symmetric Gram of x1, of which one
 half is computed; ``advance`` to be called with the number of entries of the result just finished. The result has the
 dtype and the device of x1. It runs the levels of :func:`plan`, and :func:`finish` turns what they give into the kernel.
+
+Longer than 300 lines for the formulas above, which both backends rest on.
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ float64, and so do images so bright that an ``Erf`` is nearly a step. Inputs in 
 take the reference for them. Import this module lazily: Triton exists on Linux only. The first Gram of an architecture
 compiles for up to a minute or so; Triton keeps the result on disk. ``TRITON_INTERPRET=1`` runs the kernel on tensors in
 main memory.
+
+Longer than 300 lines, since the launches, their buffers and the second pass of close pairs share one plan.
 """
 
 from __future__ import annotations

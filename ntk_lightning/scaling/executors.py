@@ -65,7 +65,7 @@ def on_ray(address: str, grams: Path, cpus: int | None, gpus: float, memory: str
         import ray
     except ImportError as error:
         raise ModuleNotFoundError(
-            'Ray is not installed: pip install "ntk_lightning[ray]", or leave --ray out to run the cells here.'
+            "Ray is not installed: pip install ray, or leave --ray out to run the cells here."
         ) from error
     started = not ray.is_initialized()
     if started:

@@ -23,7 +23,7 @@ from ntk_lightning.scaling.study_figures import exponent_cells
 
 __all__ = ["report"]
 
-INSTALL = 'The W&B report needs wandb-workspaces: pip install "ntk_lightning[report]".'
+INSTALL = "The W&B report needs wandb-workspaces: pip install wandb-workspaces."
 
 
 def report(results: str, project: str = "ntk_lightning", entity: str | None = None) -> Path:
