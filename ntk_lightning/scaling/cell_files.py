@@ -5,17 +5,20 @@ from __future__ import annotations
 import errno
 import os
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ntk_lightning import files
+
 __all__ = ["Rows", "place_first", "read_cell", "write_table", "writing"]
 
 Rows: TypeAlias = list[dict[str, Any]]
+_ADVICE = "Make room there or choose another --output; finished cells are kept, and the same command goes on from them"
 
 
 def read_cell(path: Path) -> Rows | None:
@@ -77,24 +80,13 @@ def place_first(temporary: Path, path: Path) -> None:
         os.replace(temporary, path)
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> AbstractContextManager[None]:
     """Say what to do when the body cannot write.
 
     Args:
         path: What it writes.
 
-    Yields:
-        Nothing.
-
-    Raises:
-        OSError: The body raised one.
+    Returns:
+        Raises an OSError that says so, where the body raises one.
     """
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"Cannot write {path}: {error.strerror or error}. Make room there or choose another --output; finished "
-            "cells are kept, and the same command goes on from them",
-        ) from error
+    return files.writing(path, _ADVICE)

@@ -35,10 +35,11 @@ def draw_dynamics(rows: Sequence[dict[str, Any]]) -> Figure:
     percent = FuncFormatter(lambda value, _: f"{100 * value:g}%")
     axes.yaxis.set_major_formatter(percent)
     axes.yaxis.set_minor_formatter(percent)
-    initial = [(row["step"], row["initial_error"]) for row in rows if row["initial_error"] is not None]
+    started = [row for row in rows if row["step"] and row["initial_error"] is not None]  # at step 0 it is 0 everywhere
     style: dict[str, Any] = {"markersize": 4, "linewidth": 1.8}
     axes.plot(steps, [row["network_error"] for row in rows], "o-", color=COLORS["network"], label="network", **style)
-    axes.plot(*zip(*initial, strict=True), "--", color=COLORS["initial"], label="$K^0$, trained by the same steps")
+    initial = [row["step"] for row in started], [row["initial_error"] for row in started]
+    axes.plot(*initial, "--", color=COLORS["initial"], label="$K^0$, trained by the same steps")
     fitted = [row["optimal_error"] for row in rows]
     axes.plot(steps, fitted, "s-", color=COLORS["empirical"], label="$K^t$, fitted to the whole set", **style)
     axes.set_ylabel("test error")
