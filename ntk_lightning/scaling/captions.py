@@ -14,7 +14,7 @@ from ntk_lightning.scaling.parting import timed_pairs
 from ntk_lightning.scaling.results import StudyResults
 from ntk_lightning.scaling.series import study_series
 
-__all__ = ["html_text", "interval_text", "plain_text", "study_caption"]
+__all__ = ["html_text", "interval_text", "number_text", "plain_text", "study_caption"]
 
 
 def study_caption(results: StudyResults, quantity: Quantity = "error") -> str:
@@ -100,7 +100,20 @@ def interval_text(interval: tuple[float, float]) -> str:
     """
     if not all(map(math.isfinite, interval)):
         return "[no interval]"
-    return f"[{interval[0]:.2f}, {interval[1]:.2f}]"
+    return f"[{number_text(interval[0], 2)}, {number_text(interval[1], 2)}]"
+
+
+def number_text(value: float, digits: int) -> str:
+    """Write a number with so many digits behind the point, and 0 without a sign.
+
+    Returns:
+        The text.
+
+    Example:
+        >>> number_text(-0.0001, 2)
+        '0.00'
+    """
+    return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def _setting_sentence(results: StudyResults) -> str:

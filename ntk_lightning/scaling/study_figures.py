@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ntk_lightning.scaling.captions import interval_text, plain_text, study_caption
+from ntk_lightning.scaling.captions import interval_text, number_text, plain_text, study_caption
 from ntk_lightning.scaling.columns import DURING, MODELS, QUANTITIES, Quantity
 from ntk_lightning.scaling.exponents import exponents, fit_series
 from ntk_lightning.scaling.figures import COLORS, clean_axes, time_axis
@@ -73,7 +73,9 @@ def draw_study(results: StudyResults, quantity: Quantity = "error", *, caption: 
         _draw_lines(axes, results, quantity)
         _ticks_at(axes, sorted({x for line in lines for x in line.places}))
     _log_values(axes, percent=quantity == "error")
-    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=1 + (entries > 6))
+    longest = max(len(plain_text(label)) for label in axes.get_legend_handles_labels()[1])
+    columns = 2 if entries > 6 and longest < 45 else 1
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=columns)
     if text:
         figure.supxlabel("\n".join(text), x=0.015, ha="left", fontsize=7, color="0.3", linespacing=1.35)
     return figure
@@ -110,7 +112,7 @@ def exponent_cells(row: dict[str, Any]) -> list[str]:
     sizes = [size_text(n) for n in row["sizes"]]
     return [
         plain_text(row["series"]),
-        f"{row['beta']:.3f}" if fitted else "none",
+        number_text(row["beta"], 3) if fitted else "none",
         interval_text(row["interval"]) if fitted else "",
         f"{row['r_squared']:.3f}" if fitted else "",
         f"{len(sizes)}, {sizes[0]} to {sizes[-1]}" if sizes else "",
@@ -160,7 +162,7 @@ def _draw_lines(axes: Axes, results: StudyResults, quantity: Quantity) -> None:
     for line, color, marker in zip(lines, _colors(lines), cycle(MARKERS), strict=False):
         fit, label = fits.get(line.label), line.label
         if fit:
-            label += f": β = {fit.beta:.3f} {interval_text(fit.beta_interval)}"
+            label += f": β = {number_text(fit.beta, 3)} {interval_text(fit.beta_interval)}"
             ends = np.array([fit.n.min(), fit.n.max()])
             axes.plot(ends, fit.predict(ends), ":", color=color, linewidth=1.6)
         if line.places:
