@@ -373,14 +373,16 @@ STUDIED = {  # section of the results page: the study's table, what stands over 
     "What the kernel learns": ("figure_4b", "m"),
     "The kernel during": ("figure_5a", "t"),
 }
-MODELS = {
-    "network": "network",
-    "empirical NTK": "empirical",
-    "infinite NTK": "infinite",
-    "$K_n(n)$": "after-kernel",
-    "$K_n^F(n)$": "after-kernel, fresh",
-    "$K_m^F(500)$": "after-kernel, fresh",
-    "$K^t$, fitted": "kernel during training",
+LINES = {  # of its tables: model and column
+    "network": ("network", "optimal_error"),
+    "empirical NTK": ("empirical", "optimal_error"),
+    "infinite NTK": ("infinite", "optimal_error"),
+    "$K_n(n)$": ("after-kernel", "optimal_error"),
+    "$K_n^F(n)$": ("after-kernel, fresh", "optimal_error"),
+    "$K_m^F(500)$": ("after-kernel, fresh", "optimal_error"),
+    "$K^t$, fitted": ("kernel during training", "optimal_error"),
+    "network at step t": ("kernel during training", "network_error"),
+    "$K^0$, trained for t steps": ("kernel during training", "initial_error"),
 }
 
 
@@ -393,8 +395,9 @@ def test_results_page_has_the_errors_and_exponents_of_the_studies(section: str) 
     assert len(places) >= 3
     assert lines
     for label, *cells in lines:
-        found = [row for row in results("cifar10_dog_horse")["studies"][study] if row["model"] == MODELS[label.strip()]]
-        errors = [[row["optimal_error"] for row in found if row[axis] == place] for place in places]
+        model, column = LINES[label.strip()]
+        found = [row for row in results("cifar10_dog_horse")["studies"][study] if row["model"] == model]
+        errors = [[row[column] for row in found if row[axis] == place] for place in places]
         shown = [cell.strip() for cell in cells[: len(places)]]
         assert shown == [f"{sum(seeds) / len(seeds):.1%}" if seeds else "" for seeds in errors]
         if (exponent := "".join(cells[len(places) : len(places) + 1]).strip()) and axis != "width":
