@@ -120,7 +120,7 @@ def test_without_wandb_workspaces_there_is_the_page_and_a_sentence(
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setattr(wandb, "login", lambda prompt: online)
     if online:
-        with pytest.raises(ModuleNotFoundError, match=r'pip install "ntk_lightning\[report\]"'):
+        with pytest.raises(ModuleNotFoundError, match="pip install wandb-workspaces"):
             report(str(tmp_path))
     else:
         report(str(tmp_path))
