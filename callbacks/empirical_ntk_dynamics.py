@@ -91,9 +91,8 @@ class EmpiricalNTKDynamics(ScheduledCallback):
                     warnings.simplefilter("ignore")  # of divergence: those of the fit above, again
                     followed = fit_first(n, gram, cross, train, evaluation, optimizer, steps=sorted(watched))
                 curve = Arm.of_fit("", n, followed).curve
-                self._initial[n] = {
-                    t: (e, loss) for t, e, loss in zip(*map(curve.get, ("steps", "errors", "losses")), strict=True)
-                }
+                values = zip(curve["errors"], curve["losses"], strict=True)
+                self._initial[n] = dict(zip(followed.steps.tolist(), values, strict=True))
             initial_error, initial_loss = self._initial.get(n, {}).get(step, (None, None))
             arm = Arm.of_fit("empirical NTK at initialization", n, fit)
             initial = {"initial_error": initial_error, "initial_loss": initial_loss}

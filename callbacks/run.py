@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -97,7 +96,7 @@ def network(module: LightningModule, name: str) -> nn.Module:
 
 
 def count_outputs(trainer: Trainer, module: LightningModule, name: str) -> int:
-    """Count the outputs of a module's network, on one training sample and a copy.
+    """Count the outputs of a module's network, on one training sample and in evaluation mode.
 
     Args:
         trainer: Of the run, on its device.
@@ -107,8 +106,9 @@ def count_outputs(trainer: Trainer, module: LightningModule, name: str) -> int:
     Returns:
         The number C where it maps (n, ...) to (n, C); 1 where it maps to (n,).
     """
-    with torch.no_grad():
-        outputs: Tensor = copy.deepcopy(network(module, name)).eval()(samples(trainer, "train").x[:1])
+    net = network(module, name)
+    with torch.no_grad(), evaluating(net):
+        outputs: Tensor = net(samples(trainer, "train").x[:1])
     return outputs.numel()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ntk_lightning.kernels.infinite import InfiniteNTK
-from ntk_lightning.kernels.shards import gather_or_raise, place, sharded_gram
+from ntk_lightning.kernels.shards import gather_or_raise, place, sharded_gram_and_cross
 from ntk_lightning.kernels.store import KernelStore
 
 __all__ = ["infinite_grams"]
@@ -32,8 +32,8 @@ def infinite_grams(
 
     def grams(x_train: Tensor, x_other: Tensor) -> tuple[Tensor, Tensor]:
         if store is None:
-            gram = sharded_gram(kernel, x_train, progress=progress)
-            return gram, sharded_gram(kernel, x_other, x_train, progress=progress)
+            gram, cross = sharded_gram_and_cross(kernel, x_train, x_other, progress=progress)
+            return gram, cross
         block = 64 if len(x_other) < 4096 else 256  # a file each: fewer of them for large sets, the same for all n
         stored = KernelStore(store, kernel, torch.cat([x_other, x_train]), block=block)
         train, other = slice(len(x_other), None), slice(0, len(x_other))
