@@ -25,10 +25,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ntk_lightning.kernels import reference
-from ntk_lightning.kernels.layers import Layer, parse
-from ntk_lightning.kernels.offset_planes import plan
-from ntk_lightning.kernels.offset_planes_cuda import Tiling, compile_levels, gram
+from ntk_lightning.kernels.infinite import reference
+from ntk_lightning.kernels.infinite.architecture import Layer, parse
+from ntk_lightning.kernels.infinite.fused import plan
+from ntk_lightning.kernels.infinite.fused_cuda import Tiling, compile_levels, gram
 from ntk_lightning.networks import MyrtleCNN
 
 SHAPE = (3, 32, 32)

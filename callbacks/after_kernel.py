@@ -9,9 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from ntk_lightning.callbacks.kernel_fit import Arm, check_sizes, fit_nested
-from ntk_lightning.callbacks.output import check_folder, log_metrics, log_table
-from ntk_lightning.callbacks.run import (
+from ntk_lightning.callbacks.from_trainer import (
     count_outputs,
     epochs_between_validations,
     evaluation_kernel,
@@ -20,8 +18,10 @@ from ntk_lightning.callbacks.run import (
     run_config,
     samples,
 )
+from ntk_lightning.callbacks.nested_fits import Arm, check_sizes, fit_nested
+from ntk_lightning.callbacks.run_output import check_folder, log_metrics, log_table
 from ntk_lightning.datamodules.base import has_set
-from ntk_lightning.kernels.shards import sharded_gram_and_cross
+from ntk_lightning.kernels.grams.distributed import sharded_gram_and_cross
 from ntk_lightning.optim import OptimizerConfig
 
 __all__ = ["AfterKernel"]

@@ -6,8 +6,8 @@ from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
-from ntk_lightning.callbacks.kernel_fit import Arm
-from ntk_lightning.callbacks.output import log_table, run_folder
+from ntk_lightning.callbacks.nested_fits import Arm
+from ntk_lightning.callbacks.run_output import log_table, run_folder
 
 __all__ = ["ComparisonTable"]
 

@@ -9,9 +9,8 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 
-from ntk_lightning.callbacks.kernel_fit import Arm, check_sizes, fit_first, nested_grams
-from ntk_lightning.callbacks.output import check_folder, log_figure, log_metrics, log_table
-from ntk_lightning.callbacks.run import (
+from ntk_lightning.callbacks.figures import draw_dynamics
+from ntk_lightning.callbacks.from_trainer import (
     count_outputs,
     epochs_between_validations,
     error_and_loss_of,
@@ -21,10 +20,11 @@ from ntk_lightning.callbacks.run import (
     run_config,
     samples,
 )
+from ntk_lightning.callbacks.nested_fits import Arm, check_sizes, fit_first, nested_grams
+from ntk_lightning.callbacks.run_output import check_folder, log_figure, log_metrics, log_table
 from ntk_lightning.callbacks.scheduled import ScheduledCallback
-from ntk_lightning.kernels.shards import sharded_gram_and_cross
+from ntk_lightning.kernels.grams.distributed import sharded_gram_and_cross
 from ntk_lightning.optim import OptimizerConfig
-from ntk_lightning.scaling.figures import draw_dynamics
 
 __all__ = ["EmpiricalNTKDynamics"]
 

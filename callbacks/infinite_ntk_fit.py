@@ -6,9 +6,7 @@ from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 
-from ntk_lightning.callbacks.kernel_fit import Arm, check_sizes, fit_nested
-from ntk_lightning.callbacks.output import check_folder, log_metrics, log_table
-from ntk_lightning.callbacks.run import (
+from ntk_lightning.callbacks.from_trainer import (
     count_outputs,
     epochs_between_validations,
     evaluation_sets,
@@ -16,9 +14,11 @@ from ntk_lightning.callbacks.run import (
     run_config,
     samples,
 )
+from ntk_lightning.callbacks.nested_fits import Arm, check_sizes, fit_nested
+from ntk_lightning.callbacks.run_output import check_folder, log_metrics, log_table
 from ntk_lightning.kernels import InfiniteNTK, KernelStore
-from ntk_lightning.kernels.infinite import Backend, Kind
-from ntk_lightning.kernels.stored_grams import infinite_grams
+from ntk_lightning.kernels.grams.infinite_grams import infinite_grams
+from ntk_lightning.kernels.infinite.infinite_ntk import Backend, Kind
 from ntk_lightning.optim import OptimizerConfig
 
 __all__ = ["InfiniteNTKFit"]

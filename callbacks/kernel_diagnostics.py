@@ -8,8 +8,9 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
-from ntk_lightning.callbacks.output import check_folder, log_figure, log_metrics, log_table
-from ntk_lightning.callbacks.run import count_outputs, evaluation_kernel, network, samples
+from ntk_lightning.callbacks.figures import draw_diagnostics
+from ntk_lightning.callbacks.from_trainer import count_outputs, evaluation_kernel, network, samples
+from ntk_lightning.callbacks.run_output import check_folder, log_figure, log_metrics, log_table
 from ntk_lightning.callbacks.scheduled import ScheduledCallback
 from ntk_lightning.kernels.diagnostics import (
     centered_kernel_alignment,
@@ -20,8 +21,7 @@ from ntk_lightning.kernels.diagnostics import (
     leading_eigenvalues,
     target_share,
 )
-from ntk_lightning.kernels.shards import sharded_gram
-from ntk_lightning.scaling.figures import draw_diagnostics
+from ntk_lightning.kernels.grams.distributed import sharded_gram
 
 __all__ = ["KernelDiagnostics"]
 

@@ -8,8 +8,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ntk_lightning.callbacks.kernel_fit import Arm
-from ntk_lightning.callbacks.output import check_folder, log_metrics, log_table
+from ntk_lightning.callbacks.nested_fits import Arm
+from ntk_lightning.callbacks.run_output import check_folder, log_metrics, log_table
 from ntk_lightning.datamodules.base import has_set, samples_of
 
 __all__ = ["OptimalEarlyStopping"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from ntk_lightning.callbacks.run import evaluating, samples
+from ntk_lightning.callbacks.from_trainer import evaluating, samples
 from ntk_lightning.datamodules import BatchLoader
 from ntk_lightning.modules.base import NTKModule
 from ntk_lightning.objective import count_errors, encode_targets

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from ntk_lightning import files
+from ntk_lightning import atomic_files
 
 __all__ = ["cache_folder", "locked", "writing"]
 
@@ -36,7 +36,7 @@ def writing(path: Path) -> AbstractContextManager[None]:
     Returns:
         Raises an OSError that says so, where the body raises one.
     """
-    return files.writing(
+    return atomic_files.writing(
         path,
         "Make room there or choose another cache folder; what is finished is kept and the next run goes on from it",
     )

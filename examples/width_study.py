@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ntk_lightning.scaling import (
+from ntk_lightning.studies import (
     Arm,
     FigureConfig,
     Grid,

@@ -35,26 +35,7 @@ if TYPE_CHECKING:
     from ntk_lightning.modules import FiniteNetwork, InfiniteNTKReadout, KernelReadout, LinearizedNetwork
     from ntk_lightning.networks import MLP, Erf, FiveLayerCNN, MyrtleCNN, NTKConv2d, NTKLinear, Residual
     from ntk_lightning.optim import OptimizerConfig, critical_learning_rate
-    from ntk_lightning.scaling import (
-        Arm,
-        ExponentDifference,
-        FigureConfig,
-        FittedSeries,
-        Grid,
-        PowerLawFit,
-        StudyConfig,
-        StudyError,
-        StudyResults,
-        compare_exponents,
-        draw_study,
-        exponents_table,
-        fit_power_law,
-        fit_series,
-        read_config,
-        read_results,
-        read_study,
-        run_study,
-    )
+    from ntk_lightning.scaling import ExponentDifference, PowerLawFit, compare_exponents, fit_power_law
     from ntk_lightning.solvers import (
         KernelFit,
         RidgeFit,
@@ -64,9 +45,26 @@ if TYPE_CHECKING:
         kernel_sgd_grid,
         ridge,
     )
+    from ntk_lightning.studies import (
+        Arm,
+        FigureConfig,
+        FittedSeries,
+        Grid,
+        StudyConfig,
+        StudyError,
+        StudyResults,
+        draw_study,
+        exponents_table,
+        fit_series,
+        read_config,
+        read_results,
+        read_study,
+        run_study,
+    )
 else:
     __getattr__, __dir__ = lazy_names(
-        __name__, ("networks", "optim", "kernels", "solvers", "scaling", "datamodules", "modules", "callbacks")
+        __name__,
+        ("networks", "optim", "kernels", "solvers", "scaling", "studies", "datamodules", "modules", "callbacks"),
     )
 
 __all__ = [

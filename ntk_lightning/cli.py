@@ -12,9 +12,9 @@ from jsonargparse import DefaultHelpFormatter
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
-from ntk_lightning.callbacks.output import run_folder, writing
+from ntk_lightning.callbacks.run_output import run_folder, writing
 from ntk_lightning.commands import COMMANDS, OWN, PROGRAM, example, overview, run_command
-from ntk_lightning.configs import find_configs
+from ntk_lightning.shipped_configs import find_configs
 
 __all__ = ["main"]
 

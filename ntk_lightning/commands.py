@@ -111,15 +111,15 @@ def run_command(args: Sequence[str]) -> None:
         parser.add_argument("--entity", help="W&B user or team")
     options = vars(parser.parse_args(args[1:]))
     if name == "study":
-        from ntk_lightning.scaling.study import study  # here: a command imports only what it runs
+        from ntk_lightning.studies.study import study  # here: a command imports only what it runs
 
         study(**options)
     elif name == "figures":
-        from ntk_lightning.scaling.study_figures import figures
+        from ntk_lightning.studies.figure_draw import figures
 
         figures(**options)
     else:
-        from ntk_lightning.scaling.report import report
+        from ntk_lightning.studies.report_wandb import report
 
         report(**options)
 

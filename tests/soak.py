@@ -283,7 +283,7 @@ def main() -> int:
     parser.add_argument("--damage", choices=("lost", "wrong"), help="lose or change results, to see that it is noticed")
     options = parser.parse_args()
     os.environ.update({f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "NUMBA")})
-    for name in ("cli", "__main__", "scaling.study", "kernels.store", "callbacks", "modules", "datamodules"):
+    for name in ("cli", "__main__", "studies.study", "kernels.grams.store", "callbacks", "modules", "datamodules"):
         importlib.import_module(f"{PACKAGE}.{name}")
     if options.folder is not None:
         options.folder.mkdir(parents=True, exist_ok=True)

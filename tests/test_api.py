@@ -17,7 +17,7 @@ import pytest
 import ntk_lightning
 
 ROOT = Path(__file__).parents[1]
-HOMES = ("callbacks", "datamodules", "kernels", "modules", "networks", "optim", "scaling", "solvers")
+HOMES = ("callbacks", "datamodules", "kernels", "modules", "networks", "optim", "scaling", "solvers", "studies")
 EXPORTS: dict[str, list[str]] = {home: import_module(f"ntk_lightning.{home}").__all__ for home in HOMES}
 PUBLIC = [(home, name) for home, names in EXPORTS.items() for name in names]
 DEPENDENCIES = {
@@ -83,7 +83,7 @@ def test_the_package_exports_what_its_subpackages_do() -> None:
 
 
 def test_other_names_are_refused() -> None:
-    for module in (ntk_lightning, ntk_lightning.scaling):
+    for module in (ntk_lightning, ntk_lightning.studies):
         with pytest.raises(AttributeError, match=f"module '{module.__name__}' has no attribute 'wrong'"):
             _ = module.wrong
 

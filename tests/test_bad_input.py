@@ -306,8 +306,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("long work began")
 
     for place in (
-        "ntk_lightning.solvers.steps.advance",
-        "ntk_lightning.solvers.conjugate_gradient._conjugate_gradient",
+        "ntk_lightning.solvers.sgd_steps.advance",
+        "ntk_lightning.solvers.ridge._conjugate_gradient",
         "ntk_lightning.modules.base.NTKModule.backward",
         "torch.linalg.eigh",
     ):

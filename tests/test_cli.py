@@ -22,8 +22,8 @@ from wandb.proto.wandb_internal_pb2 import Record
 import ntk_lightning
 from ntk_lightning.cli import main
 from ntk_lightning.commands import COMMANDS, OWN
-from ntk_lightning.configs import find_config, find_configs
-from ntk_lightning.scaling import read_config
+from ntk_lightning.shipped_configs import find_config, find_configs
+from ntk_lightning.studies import read_config
 
 CONFIGS = Path(__file__).parents[1] / "cli_configs"
 MAIN = CONFIGS / "myrtle64.yaml"
@@ -196,13 +196,13 @@ def test_examples_of_runs_are_whole_configurations(name: str, capsys: pytest.Cap
 
 @pytest.mark.parametrize(
     ("name", "function"),
-    [("study", "study.study"), ("figures", "study_figures.figures"), ("report", "report.report")],
+    [("study", "study.study"), ("figures", "figure_draw.figures"), ("report", "report_wandb.report")],
 )
 def test_examples_of_the_other_commands_parse(name: str, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
     module, _, attribute = function.partition(".")
     monkeypatch.setattr(
-        import_module(f"ntk_lightning.scaling.{module}"), attribute, lambda **options: given.update(options)
+        import_module(f"ntk_lightning.studies.{module}"), attribute, lambda **options: given.update(options)
     )
     main([name, *COMMANDS[name].example.split()])
     if name == "study":

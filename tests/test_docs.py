@@ -29,7 +29,7 @@ from torch.distributed.run import get_args_parser
 
 from ntk_lightning.cli import main
 from ntk_lightning.scaling import fit_power_law
-from ntk_lightning.scaling.cells import read_config
+from ntk_lightning.studies.config import read_config
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -88,8 +88,8 @@ def check_command(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             assert end.value.code == 0
         case ["python", "-m", "ntk_lightning", ("study" | "figures" | "report") as name, *arguments]:
             called: list[dict[str, Any]] = []
-            module = {"study": "study", "figures": "study_figures", "report": "report"}[name]
-            monkeypatch.setattr(f"ntk_lightning.scaling.{module}.{name}", lambda **options: called.append(options))
+            module = {"study": "study", "figures": "figure_draw", "report": "report_wandb"}[name]
+            monkeypatch.setattr(f"ntk_lightning.studies.{module}.{name}", lambda **options: called.append(options))
             main([name, *arguments])
             if name == "study":
                 assert read_config(called[0]["config"], called[0]["scale"]).cells()

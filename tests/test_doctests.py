@@ -15,7 +15,9 @@ MODULES = ["ntk_lightning", *(found.name for found in pkgutil.walk_packages(ntk_
 
 
 def test_the_linked_folders_are_among_the_modules() -> None:
-    assert {"ntk_lightning.callbacks.run", "ntk_lightning.datamodules.base", "ntk_lightning.optim"} <= {*MODULES}
+    assert {"ntk_lightning.callbacks.from_trainer", "ntk_lightning.datamodules.base", "ntk_lightning.optim"} <= {
+        *MODULES
+    }
 
 
 @pytest.mark.parametrize("name", MODULES)

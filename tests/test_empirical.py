@@ -17,7 +17,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn import functional as F
 
 from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK
-from ntk_lightning.kernels.gradients import GradientRows
+from ntk_lightning.kernels.empirical.gradients import GradientRows
 from ntk_lightning.networks import MLP, Erf, MyrtleCNN, NTKConv2d, NTKLinear
 
 

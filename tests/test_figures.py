@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import study_tables as tables
 
-from ntk_lightning.scaling.captions import html_text, plain_text, study_caption
-from ntk_lightning.scaling.columns import COLUMNS, Quantity
-from ntk_lightning.scaling.exponents import exponents, fit_series
-from ntk_lightning.scaling.parting import parting_step, timed_pairs
-from ntk_lightning.scaling.results import read_results, read_study
-from ntk_lightning.scaling.series import study_series
-from ntk_lightning.scaling.study_figures import draw_study, figures
+from ntk_lightning.studies.figure_captions import html_text, plain_text, study_caption
+from ntk_lightning.studies.figure_departure import parting_step, timed_pairs
+from ntk_lightning.studies.figure_draw import draw_study, figures
+from ntk_lightning.studies.figure_fits import exponents, fit_series
+from ntk_lightning.studies.figure_lines import study_series
+from ntk_lightning.studies.results import read_results, read_study
+from ntk_lightning.studies.schema import COLUMNS, Quantity
 
 
 @pytest.mark.parametrize(

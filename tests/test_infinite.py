@@ -43,7 +43,7 @@ def test_reference_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPat
         InfiniteNTK(nn.Sequential(NTKConv2d(2, 2, 3, "valid"), nn.Flatten(), NTKLinear(2, 1))),
     )
     whole, cross = kernel(x), kernel(x, x[:3])
-    monkeypatch.setattr("ntk_lightning.kernels.infinite._REFERENCE_BLOCK_BYTES", 2 * 2 * 81 * 8)
+    monkeypatch.setattr("ntk_lightning.kernels.infinite.infinite_ntk._REFERENCE_BLOCK_BYTES", 2 * 2 * 81 * 8)
     torch.testing.assert_close(kernel(x), whole)
     torch.testing.assert_close(kernel(x, x[:3]), cross)
 

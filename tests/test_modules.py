@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK
 from ntk_lightning.modules import FiniteNetwork, InfiniteNTKReadout, KernelReadout, LinearizedNetwork
 from ntk_lightning.modules.base import NTKModule
-from ntk_lightning.modules.readout import FunctionalGradient
+from ntk_lightning.modules.kernel_readout import FunctionalGradient
 from ntk_lightning.networks import MLP
 from ntk_lightning.optim import OptimizerConfig, critical_learning_rate
 from ntk_lightning.solvers import kernel_sgd

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK
-from ntk_lightning.kernels.infinite import Kind
+from ntk_lightning.kernels.infinite.infinite_ntk import Kind
 from ntk_lightning.networks import Erf, NTKConv2d, NTKLinear, Residual
 from ntk_lightning.optim import OptimizerConfig, critical_learning_rate
 from ntk_lightning.solvers import gradient_descent, kernel_sgd, ridge
-from ntk_lightning.solvers.steps import _advance_torch, product
+from ntk_lightning.solvers.sgd_steps import _advance_torch, product
 
 CHANNELS, SIDE, SAMPLES = 2, 4, 5
 HALF_THE_DIGITS = 1e-7  # of float64: what the arcsine of a correlation that rounding moves from 1 keeps

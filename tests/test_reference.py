@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ntk_lightning.kernels import EmpiricalNTK, reference
-from ntk_lightning.kernels.layers import Activation, check_shape, parse
+from ntk_lightning.kernels import EmpiricalNTK
+from ntk_lightning.kernels.infinite import reference
+from ntk_lightning.kernels.infinite.architecture import Activation, check_shape, parse
 from ntk_lightning.networks import MLP, Erf, NTKConv2d, NTKLinear, Residual
 
 

@@ -14,7 +14,7 @@ import study_tables as tables
 import wandb
 from studies import CHROMIUM, browse
 
-from ntk_lightning.scaling.report import report
+from ntk_lightning.studies.report_wandb import report
 
 VOID = {"meta", "link", "img", "br"}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ntk_lightning.optim import OptimizerConfig, critical_learning_rate
-from ntk_lightning.solvers import KernelFit, kernel_sgd, kernel_sgd_grid, steps
+from ntk_lightning.solvers import KernelFit, kernel_sgd, kernel_sgd_grid, sgd_steps
 
 N, M, FEATURES = 53, 21, 12
 DEVICES = [
@@ -185,7 +185,7 @@ def test_gathered_steps_equal_compiled_ones(features: Tensor, labels: Tensor) ->
     batches = list(OptimizerConfig(batch_size=10, epochs=3).schedule(N))
     rates = torch.tensor([[0.1, 0.9], [0.2, 0.0], [0.3, 0.5]], dtype=torch.float64)
     states = []
-    for step in (steps.advance, steps._advance_torch):
+    for step in (sgd_steps.advance, sgd_steps._advance_torch):
         state = torch.zeros(2, 3, N, dtype=torch.float64)
         step(kernel, labels[:, :N].clone(), batches, *state, rates, 2)
         states.append(state)

@@ -29,12 +29,12 @@ from tiny import file_size_limit
 from torch import Tensor, nn
 
 from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK, kernel_key
-from ntk_lightning.kernels import store as store_module
-from ntk_lightning.kernels.store import BlockId, KernelStore, compute_on_ray
+from ntk_lightning.kernels.grams import store as store_module
+from ntk_lightning.kernels.grams.store import BlockId, KernelStore, compute_on_ray
 from ntk_lightning.networks import MLP, MyrtleCNN, NTKLinear
 
 PROCESSES = multiprocessing.get_context("forkserver")  # children start with the imports done, in milliseconds
-PROCESSES.set_forkserver_preload(["ntk_lightning.kernels.store"])
+PROCESSES.set_forkserver_preload(["ntk_lightning.kernels.grams.store"])
 
 
 class LoggedKernel:

@@ -20,13 +20,13 @@ from studies import CHROMIUM, CONFIGS, SHIPPED, browse, table, tiny
 from tiny import file_size_limit
 
 from ntk_lightning.cli import main
-from ntk_lightning.scaling.cells import Arm, Cell, read_config
-from ntk_lightning.scaling.columns import COLUMNS
-from ntk_lightning.scaling.executors import cells_at_once, default_threads, on_ray
-from ntk_lightning.scaling.report import report
-from ntk_lightning.scaling.run_cell import run_cell
-from ntk_lightning.scaling.study import StudyError, run_study
-from ntk_lightning.scaling.study_figures import figures
+from ntk_lightning.studies.cell import run_cell
+from ntk_lightning.studies.config import Arm, Cell, read_config
+from ntk_lightning.studies.executors import cells_at_once, default_threads, on_ray
+from ntk_lightning.studies.figure_draw import figures
+from ntk_lightning.studies.report_wandb import report
+from ntk_lightning.studies.schema import COLUMNS
+from ntk_lightning.studies.study import StudyError, run_study
 
 MODELS = {
     "figure_1a": {"network", "empirical", "infinite"},
@@ -97,7 +97,7 @@ def test_nested_infinite_cells_share_one_store(tmp_path: Path) -> None:
 KILLED = """
 import os, random, sys, time
 from ntk_lightning.cli import main
-from ntk_lightning.scaling import executors
+from ntk_lightning.studies import executors
 
 args, log, chance, run_cell = sys.argv[1].split("\\n"), sys.argv[2], random.Random(0), executors.run_cell
 cells = os.path.join(args[args.index("--output") + 1], "cells")
@@ -166,7 +166,7 @@ def test_a_damaged_cell_is_computed_again(tmp_path: Path, monkeypatch: pytest.Mo
         ran.append(cell)
         return run_cell(cell, *args, **kwargs)
 
-    monkeypatch.setattr("ntk_lightning.scaling.executors.run_cell", counted)
+    monkeypatch.setattr("ntk_lightning.studies.executors.run_cell", counted)
     assert table(run_study(config, folder)) == before
     assert sorted(cell.key for cell in ran) == [path.stem for path in damaged]
     assert all(pq.read_table(path).num_rows for path in damaged)
@@ -214,7 +214,7 @@ def test_a_cell_that_another_process_has_finished_meanwhile_is_not_written_again
         return run_cell(cell, tmp_path)
 
     seen: dict[Path, int] = {}
-    monkeypatch.setattr("ntk_lightning.scaling.executors.run_cell", overtaken)
+    monkeypatch.setattr("ntk_lightning.studies.executors.run_cell", overtaken)
     run_study(config, folder)
     assert [cell.key for cell in ran] == [cells[0].key, *(cell.key for cell in cells)]
     assert {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()} == seen
@@ -241,7 +241,7 @@ def failing(cell: Cell, *args: Any, **kwargs: Any) -> object:  # noqa: ANN401
 def test_a_failed_cell_is_reported_and_the_others_finish(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ntk_lightning.scaling.executors.run_cell", failing)
+    monkeypatch.setattr("ntk_lightning.studies.executors.run_cell", failing)
     with pytest.raises(StudyError, match="4 of 12 cells of figure_2a failed"):
         main(command(CONFIGS / "figure_2a.yaml", tmp_path))
     printed = capsys.readouterr()
@@ -259,7 +259,7 @@ def test_failures_are_reported_when_the_study_is_interrupted(
             raise KeyboardInterrupt
         return failing(cell, *args, **kwargs)
 
-    monkeypatch.setattr("ntk_lightning.scaling.executors.run_cell", interrupted)
+    monkeypatch.setattr("ntk_lightning.studies.executors.run_cell", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main(command(CONFIGS / "figure_2a.yaml", tmp_path))
     assert capsys.readouterr().err.count("Failed: network, n 9") == 2
@@ -269,7 +269,7 @@ def test_a_study_without_rows_leaves_no_table(tmp_path: Path, monkeypatch: pytes
     def broken(*args: object, **kwargs: object) -> object:
         raise RuntimeError
 
-    monkeypatch.setattr("ntk_lightning.scaling.executors.run_cell", broken)
+    monkeypatch.setattr("ntk_lightning.studies.executors.run_cell", broken)
     with pytest.raises(StudyError, match="12 of 12 cells of figure_2a failed, as printed above; there is no table"):
         main(command(CONFIGS / "figure_2a.yaml", tmp_path))
     assert not list((tmp_path / "results").rglob("*.parquet"))
@@ -356,7 +356,7 @@ def test_an_interrupted_study_keeps_its_table(tmp_path: Path, monkeypatch: pytes
         ran.append(cell)
         return run_cell(cell, tmp_path)
 
-    monkeypatch.setattr("ntk_lightning.scaling.executors.run_cell", interrupted)
+    monkeypatch.setattr("ntk_lightning.studies.executors.run_cell", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_study(config, tmp_path / "results")
     assert [row["cell"] for row in table(tmp_path / "results" / "figure_2a.parquet")] == [cell.key for cell in ran]

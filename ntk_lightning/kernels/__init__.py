@@ -1,8 +1,8 @@
 """Neural tangent kernels: of a finite network at its weights, and of the infinitely wide one."""
 
-from ntk_lightning.kernels.empirical import EmpiricalNTK
-from ntk_lightning.kernels.fingerprint import kernel_key
-from ntk_lightning.kernels.infinite import InfiniteNTK
-from ntk_lightning.kernels.store import KernelStore, compute_on_ray
+from ntk_lightning.kernels.empirical.empirical_ntk import EmpiricalNTK
+from ntk_lightning.kernels.grams.kernel_key import kernel_key
+from ntk_lightning.kernels.grams.store import KernelStore, compute_on_ray
+from ntk_lightning.kernels.infinite.infinite_ntk import InfiniteNTK
 
 __all__ = ["EmpiricalNTK", "InfiniteNTK", "KernelStore", "compute_on_ray", "kernel_key"]

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from ntk_lightning.datamodules.base import Batch, Samples, has_set, samples_of
-from ntk_lightning.modules.metric import LossAndError
+from ntk_lightning.modules.loss_and_error import LossAndError
 from ntk_lightning.objective import check_labels, encode_targets, squared_error
 from ntk_lightning.optim import OptimizerConfig
 

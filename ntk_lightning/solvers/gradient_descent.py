@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ntk_lightning.optim import OptimizerConfig
-from ntk_lightning.solvers.result import KernelFit, check_arguments, check_problem, error_and_loss
+from ntk_lightning.solvers.kernel_fit import KernelFit, check_arguments, check_problem, error_and_loss
 
 __all__ = ["gradient_descent", "gradient_flow"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ntk_lightning.optim import OptimizerConfig, warn_above_critical
 from ntk_lightning.progress import progress_bar
-from ntk_lightning.solvers.result import KernelFit, check_arguments, check_problem, error_and_loss
+from ntk_lightning.solvers.kernel_fit import KernelFit, check_arguments, check_problem, error_and_loss
 
 __all__ = ["kernel_sgd", "kernel_sgd_grid"]
 
@@ -165,7 +165,10 @@ def _fit_together(
     initial: Tensor | None = None,
 ) -> list[KernelFit]:
     """Fit every pair of an optimizer and a label vector on one order of batches; every output is a row of the state."""
-    from ntk_lightning.solvers.steps import advance, product  # here: numba takes a second that only fits need to spend
+    from ntk_lightning.solvers.sgd_steps import (  # here: numba takes a second that only fits need to spend
+        advance,
+        product,
+    )
 
     order, n, shape = optimizers[0], len(kernel), targets.shape[2:]
     outputs, kernel = math.prod(shape), kernel.detach()

@@ -1,0 +1,104 @@
+"""A memory budget, and how a Gram matrix of gradient rows is divided to stay within it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ntk_lightning.kernels.empirical.gradients import GradientRows
+
+__all__ = ["SLICE_COLUMNS", "Plan", "chunk_size", "divide", "parse_bytes"]
+
+SLICE_COLUMNS = 2**13  # of rows, multiplied at once; those of bfloat16 are turned into float32 for it
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**31}  # on a CPU small tensors are faster: they stay in the cache and the heap
+_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many samples' gradients are formed at once, pass by at once, and stay."""
+
+    chunk: int
+    block: int
+    panel: int
+
+
+def chunk_size(budget: int, rows: GradientRows, x: Tensor, kept: int = 0) -> tuple[int, int]:
+    """Choose how many samples' gradients to form at once, in a quarter of a memory budget at most, by a trial.
+
+    Args:
+        budget: Bytes for everything besides inputs and results.
+        rows: The rows' layout.
+        x: Inputs (n, ...), of which the first is tried.
+        kept: Bytes that are needed besides.
+
+    Returns:
+        Samples, at least 1, and the bytes that forming their gradients takes.
+
+    Raises:
+        ValueError: The budget does not suffice for one sample.
+    """
+    one, two = (rows.workspace(x[:1].expand(k, *x.shape[1:])) for k in (1, 2))
+    if one + kept > budget:
+        raise ValueError(
+            f"memory={budget / 1e6:.1f}MB cannot hold the gradients needed at once: "
+            f"it takes {(one + kept) / 1e6:.1f}MB at the least, and is faster with more."
+        )
+    limit = min(budget // 4, _CHUNK_BYTES.get(x.device.type, _CHUNK_BYTES["cuda"]))
+    chunk = max(1, 1 + (limit - one) // (two - one))
+    return chunk, one + (chunk - 1) * (two - one)
+
+
+def divide(budget: int, rows: GradientRows, x: Tensor, passing: int, half: bool) -> Plan:
+    """Divide a memory budget for the Gram of x.
+
+    Args:
+        budget: Bytes for everything besides inputs and results.
+        rows: The rows' layout.
+        x: Inputs (n, ...) whose gradients stay, a panel of them at a time.
+        passing: Other inputs that pass by every panel.
+        half: Keep rows in bfloat16.
+
+    Returns:
+        The sizes: one panel of all samples where that fits, else the largest equal panels.
+
+    Raises:
+        ValueError: The budget cannot hold the gradients of one pair of samples.
+    """
+    n, item = len(x), x.element_size()
+    row = rows.width * (2 if half else item) + half * 4 * min(rows.width, SLICE_COLUMNS)
+    pair = (5 + 2 * rows.full * rows.groups**2) * item
+    chunk, work = chunk_size(budget, rows, x, kept=2 * row + pair)
+    free = budget - work
+    block = max(1, min(_BLOCK, n, free // (8 * row)))
+    if not passing and n * (row + block * pair) <= free:
+        return Plan(chunk, block, n)
+    panel = min(n, (free - block * row) // (row + block * pair))
+    return Plan(chunk, block, -(-n // -(-n // panel)))
+
+
+def parse_bytes(memory: str | int) -> int:
+    """Read an amount of memory.
+
+    Args:
+        memory: Bytes, or a number with a decimal or binary unit.
+
+    Returns:
+        The number of bytes.
+
+    Raises:
+        ValueError: It is not a positive amount.
+
+    Example:
+        >>> parse_bytes("4GB"), parse_bytes("1.5 MiB"), parse_bytes(4096)
+        (4000000000, 1572864, 4096)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(memory).strip().upper())
+    value = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
+    if value < 1:
+        raise ValueError(f'memory must be a number of bytes or a string such as "4GB" or "512MiB", got {memory!r}.')
+    return value

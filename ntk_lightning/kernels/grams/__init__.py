@@ -1,0 +1,1 @@
+"""Gram matrices of any kernel: on disk, by several processes, by name."""

@@ -1,0 +1,225 @@
+"""Vectors of 16 numbers inside Numba code, so that the machine code does not depend on LLVM's loop vectorizer.
+
+LLVM cannot prove that a kernel's many buffers do not overlap, and leaves such loops scalar. Here the kernel says what
+goes into a register: :func:`load`, :func:`broadcast` and :func:`zeros` make vectors, ``+ - * /`` between vectors, or
+between a vector and a number, work on all lanes, ``a * b + c`` may be fused, and float32 meets float64 in float64. LLVM
+splits a vector where registers are narrower (AVX2, NEON).
+
+Everything here is for compiled code only. Indices count entries of a flat array and are not checked: a wrong one reads
+or writes foreign memory. Numba's cache of compiled code watches the file of the cached function only: after a change
+here, touch :mod:`ntk_lightning.kernels.infinite.fused_cpu_numba`.
+"""
+
+# ruff: noqa: ANN401 - the objects of Numba and LLVM have no types
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir  # type: ignore[import-untyped]  # it has no types
+from numba import types
+from numba.extending import intrinsic, models, overload, register_model
+
+__all__ = [
+    "LANES",
+    "above",
+    "absolute",
+    "broadcast",
+    "copysign",
+    "even_odd",
+    "load",
+    "polynomial",
+    "sqrt",
+    "store",
+    "zeros",
+]
+
+LANES = 16
+
+
+class _Vector(types.Type):
+    """16 lanes of one floating-point type."""
+
+    def __init__(self, dtype: types.Float) -> None:
+        self.dtype = dtype
+        super().__init__(name=f"Vector({dtype})")
+
+
+@register_model(_Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: _Vector) -> None:
+        super().__init__(dmm, fe_type, ir.VectorType(dmm.lookup(fe_type.dtype).get_value_type(), LANES))  # type: ignore[no-untyped-call]  # Numba's
+
+
+def _splat(builder: Any, scalar: Any) -> Any:
+    """The scalar in every lane."""
+    empty = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
+    single = builder.insert_element(empty, scalar, ir.Constant(ir.IntType(32), 0))
+    return _shuffle(builder, single, single, [0] * LANES)
+
+
+def _shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), LANES), lanes))
+
+
+def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    return builder.gep(context.make_array(array_type)(context, builder, array).data, [index])
+
+
+def _vector_pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    vector = context.get_value_type(_Vector(array_type.dtype))
+    return builder.bitcast(_pointer(context, builder, array_type, array, index), vector.as_pointer())
+
+
+def _load(typing_context: Any, array: Any, index: Any) -> Any:
+    """Vector of array[index : index + 16]; any alignment."""
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        align = signature.return_type.dtype.bitwidth // 8
+        return builder.load(_vector_pointer(context, builder, array, *values), align=align)
+
+    return _Vector(array.dtype)(array, types.intp), emit
+
+
+def _broadcast(typing_context: Any, array: Any, index: Any) -> Any:
+    """Vector with array[index] in every lane."""
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return _splat(builder, builder.load(_pointer(context, builder, array, *values)))
+
+    return _Vector(array.dtype)(array, types.intp), emit
+
+
+def _zeros(typing_context: Any, array: Any) -> Any:
+    """Vector of zeros of the array's type."""
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return ir.Constant(context.get_value_type(signature.return_type), None)
+
+    return _Vector(array.dtype)(array), emit
+
+
+def _store(typing_context: Any, array: Any, index: Any, vector: Any) -> Any:
+    """Write the vector to array[index : index + 16]; any alignment."""
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        pointer = _vector_pointer(context, builder, array, *values[:2])
+        builder.store(values[2], pointer, align=array.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, vector), emit
+
+
+def _widen(context: Any, builder: Any, value: Any, kind: Any, wide: _Vector) -> Any:
+    """A number in every lane of the wide type, or a vector of it."""
+    if not isinstance(kind, _Vector):
+        return _splat(builder, context.cast(builder, value, kind, wide.dtype))
+    return value if kind == wide else builder.fpext(value, context.get_value_type(wide))
+
+
+def _elementwise(emit: Callable[..., Any], arity: int) -> Any:
+    """Compiled function of vectors and numbers, at least one a vector, that ``emit(builder, *vectors)`` writes."""
+
+    def typed(*arguments: Any) -> Any:
+        vectors = [a for a in arguments if isinstance(a, _Vector)]
+        if not vectors:
+            return None
+        wide = max(vectors, key=lambda vector: vector.dtype.bitwidth)
+
+        def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            pairs = zip(values, signature.args, strict=True)
+            return emit(builder, *(_widen(context, builder, value, kind, wide) for value, kind in pairs))
+
+        return wide(*arguments), code
+
+    if arity == 1:
+        return intrinsic(lambda typing_context, a: typed(a))
+    if arity == 2:
+        return intrinsic(lambda typing_context, a, b: typed(a, b))
+    return intrinsic(lambda typing_context, a, b, c: typed(a, b, c))
+
+
+def polynomial(single: Sequence[float], double: Sequence[float]) -> Any:
+    """Make a compiled polynomial of a vector.
+
+    Args:
+        single: Coefficients for float32, the constant first.
+        double: Coefficients for float64.
+
+    Returns:
+        A function for compiled code, from a vector to a vector.
+
+    Example:
+        >>> import numba, numpy
+        >>> square = polynomial([0.0, 0.0, 1.0], [0.0, 0.0, 1.0])
+        >>> a = numpy.arange(16.0)
+        >>> numba.njit(lambda a: store(a, 0, square(load(a, 0))))(a)
+        >>> a[:4].tolist()
+        [0.0, 1.0, 4.0, 9.0]
+    """
+
+    def emit(builder: Any, x: Any) -> Any:
+        constants = [ir.Constant(x.type, [float(c)] * LANES) for c in (double if _bits(x.type) == 64 else single)]
+        total = constants.pop()
+        while constants:
+            total = builder.fadd(builder.fmul(total, x, flags=["contract"]), constants.pop(), flags=["contract"])
+        return total
+
+    return _elementwise(emit, 1)
+
+
+def _bits(vector_type: Any) -> int:
+    return 64 if isinstance(vector_type.element, ir.DoubleType) else 32
+
+
+def _operator(symbol: Callable[..., Any], emit: Callable[..., Any]) -> None:
+    function = _elementwise(emit, 2)
+
+    overload(symbol)(
+        lambda a, b: (lambda a, b: function(a, b)) if isinstance(a, _Vector) or isinstance(b, _Vector) else None
+    )
+
+
+def _llvm(name: str, arity: int) -> Any:
+    """The function ``llvm.NAME`` of vectors."""
+
+    def emit(builder: Any, *vectors: Any) -> Any:
+        kind = vectors[0].type
+        symbol = f"llvm.{name}.v{LANES}f{_bits(kind)}"
+        function = builder.module.globals.get(symbol) or ir.Function(
+            builder.module, ir.FunctionType(kind, [kind] * arity), symbol
+        )
+        return builder.call(function, vectors)
+
+    return _elementwise(emit, arity)
+
+
+_operator(operator.add, lambda builder, a, b: builder.fadd(a, b, flags=["contract"]))
+_operator(operator.sub, lambda builder, a, b: builder.fsub(a, b, flags=["contract"]))
+_operator(operator.mul, lambda builder, a, b: builder.fmul(a, b, flags=["contract"]))
+_operator(operator.truediv, lambda builder, a, b: builder.fdiv(a, b))
+
+sqrt = _llvm("sqrt", 1)
+absolute = _llvm("fabs", 1)
+copysign = _llvm("copysign", 2)
+
+above = _elementwise(lambda builder, a, bound, other: builder.select(builder.fcmp_ordered(">", a, bound), a, other), 3)
+"""above(a, bound, other): a where a > bound, else other."""
+
+
+def _even_odd(typing_context: Any, a: Any, b: Any) -> Any:
+    """Sum of neighbours 2i and 2i + 1 of the 32 lanes of both vectors."""
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        even, odd = (_shuffle(builder, values[0], values[1], list(range(first, 2 * LANES, 2))) for first in (0, 1))
+        return builder.fadd(even, odd)
+
+    return a(a, b), emit
+
+
+load: Any = intrinsic(_load)
+broadcast: Any = intrinsic(_broadcast)
+zeros: Any = intrinsic(_zeros)
+store: Any = intrinsic(_store)
+even_odd: Any = intrinsic(_even_odd)

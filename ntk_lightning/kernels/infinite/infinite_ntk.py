@@ -1,0 +1,208 @@
+"""The infinite-width kernel of a network, whatever computes it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from collections.abc import Callable
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ntk_lightning.kernels.checks import check_finite, check_inputs
+from ntk_lightning.kernels.infinite import fused, reference
+from ntk_lightning.kernels.infinite.architecture import Flatten, Layer, check_shape, parse
+from ntk_lightning.precision import at_least_float32, own_precision
+from ntk_lightning.progress import progress_bar
+
+__all__ = ["InfiniteNTK"]
+
+Kind = Literal["ntk", "nngp"]
+Backend = Literal["auto", "reference", "cpu", "cuda"]
+
+_REFERENCE_BLOCK_BYTES = 2**27
+_OVERFLOWN = "compute it in float64, or scale the inputs down"
+
+_log = logging.getLogger(__name__)
+
+
+class InfiniteNTK:
+    """Infinite-width limit of a network's NTK at initialization, or of its output covariance (NNGP).
+
+    Jacot et al. (2018, arXiv 1806.07572); for convolutions Arora et al. (2019, arXiv 1904.11955). The network gives the
+    architecture only: neither its width nor its weights matter, which are N(0, 1) in the limit whatever the network
+    holds, and all parameters count as trained, those with ``requires_grad=False`` too.
+
+    Inputs in float64 give a kernel in float64, all others one in float32.
+
+    Args:
+        net: ``nn.Sequential`` of this package's layers and the supported layers of ``torch.nn``.
+        kind: "ntk" or "nngp".
+        backend: What computes it. "reference" is plain PyTorch, in float64 on any device, for every supported
+            architecture. "cpu" (float32 and float64) and "cuda" (float32) are compiled, for images and any sequence of
+            3x3 convolutions with "same" padding, activations and 2x2 average pooling, then global average pooling or
+            flatten, then linear layers and activations. "auto" takes the fastest that supports the architecture on the
+            inputs' device and in their precision, logs which, and :meth:`backend_for` tells it.
+
+    Raises:
+        TypeError: The network has a layer without a closed form, or with hooks, or uses weights twice.
+        ValueError: Its layers have no closed form in their order, or an argument is unknown.
+
+    Example:
+        >>> from ntk_lightning.networks import MLP
+        >>> InfiniteNTK(MLP(width=1, depth=1, in_features=2), kind="nngp")(torch.eye(2, dtype=torch.float64))
+        tensor([[1.0000, 0.3183],
+                [0.3183, 1.0000]], dtype=torch.float64)
+    """
+
+    def __init__(self, net: nn.Module, kind: Kind = "ntk", backend: Backend = "auto") -> None:
+        if kind not in ("ntk", "nngp"):
+            raise ValueError(f'kind must be "ntk" or "nngp", got {kind!r}.')
+        if backend not in ("auto", "reference", "cpu", "cuda"):
+            raise ValueError(f'backend must be "auto", "reference", "cpu" or "cuda", got {backend!r}.')
+        self.layers: tuple[Layer, ...] = parse(net)
+        self.kind: Kind = kind
+        self.backend: Backend = backend
+        self._logged: set[str] = set()
+
+    def __call__(self, x1: Tensor, x2: Tensor | None = None, *, progress: bool = False) -> Tensor:
+        """Compute the Gram matrix.
+
+        Args:
+            x1: Inputs (n1, d) or images (n1, C, H, W).
+            x2: Inputs (n2, ...), or None for the symmetric Gram of x1, of which one half is computed.
+            progress: Show a progress bar.
+
+        Returns:
+            The kernel of all pairs, (n1, n2).
+
+        Raises:
+            TypeError: An input is not a floating-point tensor.
+            ValueError: Inputs are malformed, do not fit the network, or cannot run on the chosen backend.
+            FloatingPointError: A covariance is too large for the inputs' precision.
+        """
+        self.check(x1, x2)
+        backend = self.backend_for(x1)
+        x1, x2 = self._prepared(x1), None if x2 is None else self._prepared(x2)
+        entries, title = len(x1) * len(x1 if x2 is None else x2), f"infinite {self.kind.upper()} ({backend})"
+        with (
+            own_precision(x1.device.type),
+            progress_bar(title, entries, "pairs", enabled=progress) as advance,
+        ):
+            gram: Tensor = (
+                self._reference_gram(x1, x2, advance)
+                if backend == "reference"
+                else _compiled(backend).gram(self.layers, self.kind, x1, x2, advance)
+            )
+        check_finite(gram, _OVERFLOWN)
+        return gram
+
+    def diag(self, x: Tensor) -> Tensor:
+        """Compute the kernel of every input with itself.
+
+        Args:
+            x: Inputs (n, d) or (n, C, H, W).
+
+        Returns:
+            The diagonal of the Gram of x, (n,).
+
+        Raises:
+            TypeError: The input is not a floating-point tensor.
+            ValueError: Inputs are malformed, do not fit the network, or cannot run on the chosen backend.
+            FloatingPointError: A variance is too large for the inputs' precision.
+        """
+        self.check(x)
+        backend, x = self.backend_for(x), self._prepared(x)
+        with own_precision(x.device.type):
+            diagonal: Tensor = (
+                torch.cat([self._reference_gram(sample, None, lambda _: None)[0] for sample in x.split(1)])
+                if backend == "reference"
+                else _compiled(backend).diag(self.layers, self.kind, x)
+            )
+        check_finite(diagonal, _OVERFLOWN, "kernel's diagonal entry", sides=1)
+        return diagonal
+
+    def backend_for(self, x: Tensor) -> str:
+        """Tell what computes the kernel of such inputs.
+
+        Args:
+            x: Inputs (n, d) or (n, C, H, W).
+
+        Returns:
+            "reference", "cpu" or "cuda".
+
+        Raises:
+            ValueError: The backend that was asked for cannot run this network on these inputs.
+        """
+        if self.backend == "reference":
+            return "reference"
+        native, obstacle = x.device.type, self._obstacle(x)
+        if self.backend != "auto":
+            if self.backend != native:
+                obstacle = f"its inputs are on {x.device}"
+            if obstacle:
+                raise ValueError(f'backend="{self.backend}" cannot run this network: {obstacle}. Use backend="auto".')
+            return self.backend
+        backend = "reference" if obstacle else native
+        if backend not in self._logged:
+            self._logged.add(backend)
+            _log.info("InfiniteNTK runs on backend %r%s.", backend, f" because {obstacle}" if obstacle else "")
+        return backend
+
+    def _obstacle(self, x: Tensor) -> str | None:
+        """Why the compiled backend of the inputs' device cannot run them."""
+        if x.device.type not in ("cpu", "cuda"):
+            return f"no compiled backend is for {x.device.type}"
+        if x.device.type == "cuda" and importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        if x.device.type == "cuda" and x.dtype == torch.float64:
+            return f"its inputs are {x.dtype}"
+        return fused.unsupported(self.layers, tuple(x.shape[2:]))
+
+    def check(self, x1: Tensor, x2: Tensor | None = None) -> None:
+        """Check inputs without computing anything.
+
+        Args:
+            x1: Inputs (n1, d) or (n1, C, H, W).
+            x2: Inputs (n2, ...), or None.
+
+        Raises:
+            TypeError: An input is not a floating-point tensor.
+            ValueError: Inputs are malformed or do not fit the network.
+        """
+        check_inputs(x1, x2)
+        if x1.dim() not in (2, 4):
+            raise ValueError(f"Inputs must be (n, features) or (n, C, H, W), got {tuple(x1.shape)}.")
+        if check_shape(self.layers, tuple(x1.shape[2:])):
+            raise ValueError("The network's output still has pixels: end it in nn.Flatten and NTKLinear.")
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        """Inputs in the kernel's precision; as vectors where the network starts so, which costs the reference less."""
+        return (x.flatten(1) if isinstance(self.layers[0], Flatten) else x).to(at_least_float32(x.dtype))
+
+    def _reference_gram(self, x1: Tensor, x2: Tensor | None, advance: Callable[[float], None]) -> Tensor:
+        symmetric, x2 = x2 is None, x1 if x2 is None else x2
+        pixels = x1[0, 0].numel() if x1.dim() == 4 else 1
+        side = max(1, int((_REFERENCE_BLOCK_BYTES / (pixels**2 * torch.float64.itemsize)) ** 0.5))
+        device, out = "cpu" if x1.device.type == "mps" else x1.device, x1.new_empty(len(x1), len(x2))  # MPS: no float64
+        for i in range(0, len(x1), side):
+            for j in range(i if symmetric else 0, len(x2), side):
+                left = x1[i : i + side].to(device, torch.float64)
+                right = left if symmetric and i == j else x2[j : j + side].to(device, torch.float64)
+                nngp, ntk = reference.gram(self.layers, left, right)
+                block = ntk if self.kind == "ntk" else nngp
+                if symmetric and i == j:
+                    block = block.triu() + block.triu(1).T  # its two halves differ by rounding
+                out[i : i + side, j : j + side] = block
+                if symmetric and i != j:
+                    out[j : j + side, i : i + side] = block.T
+                advance(block.numel() * (1 + (symmetric and i != j)))
+        return out
+
+
+def _compiled(backend: str) -> ModuleType:
+    """The module of a compiled backend, imported when it is needed."""
+    return importlib.import_module(f"ntk_lightning.kernels.infinite.fused_{backend}")

@@ -1,0 +1,110 @@
+"""Data module and network of a cell, and what is checked of a study before any cell runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from torch import nn
+
+from ntk_lightning.callbacks.scheduled import schedule
+from ntk_lightning.datamodules.base import ImageDataModule
+from ntk_lightning.studies.config import Cell, StudyConfig
+from ntk_lightning.studies.schema import AFTER, DURING, FRESH
+
+__all__ = ["build", "check_study", "set_up_data"]
+
+
+def build(cell: Cell) -> tuple[ImageDataModule, nn.Sequential]:
+    """Make a cell's data module and its network, whose weights are drawn from the generator as it stands.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        Data module, not set up, and network.
+
+    Raises:
+        ValueError: A class path or an argument is wrong.
+    """
+    parser, parsed = _parse(cell)
+    made = parser.instantiate_classes(parsed)
+    if not isinstance(made.net, nn.Sequential):
+        raise ValueError(f"net must make an nn.Sequential, {cell.net.get('class_path')} makes {type(made.net)}.")
+    return made.data, made.net
+
+
+def check_study(config: StudyConfig, arms: Mapping[str, Sequence[Cell]]) -> None:
+    """Check class paths and arguments of data and networks, and that the figure's filters leave something.
+
+    Args:
+        config: The study.
+        arms: Its cells by arm. Those of an arm differ in whole numbers only (sizes, seeds, widths), which each cell has
+            checked: one of them stands for all.
+
+    Raises:
+        ValueError: A class path or an argument is wrong, or ``figure.fitted_on`` or ``figure.at`` match nothing.
+    """
+    for group in arms.values():
+        _parse(group[0])
+    figure = config.figure
+    kernels = [kernel for cells in arms.values() for cell in cells for kernel in _kernels(cell)]
+    shown = [
+        kernel
+        for arm in config.arms
+        for cell in arms[arm.label]
+        for kernel in _kernels(cell)
+        if config.shows(arm, kernel)
+    ]
+    if figure.fitted_on is not None and not shown:
+        sizes = sorted({kernel["n"] for kernel in kernels})
+        raise ValueError(
+            f"figure.fitted_on = {figure.fitted_on!r} of study {config.name} matches none of its kernels, which are "
+            f"fitted on {sizes} samples: choose one of these, or give an arm after, after_fresh or kernels_at."
+        )
+    missing = sorted({*(figure.at or [])} - {kernel["t"] for kernel in shown if kernel["model"] == DURING})
+    if missing or figure.at == []:
+        steps = sorted({kernel["t"] for kernel in kernels if kernel["model"] == DURING})
+        raise ValueError(
+            f"figure.at = {figure.at} of study {config.name}: no arm shows a kernel at t = {missing}. Its kernels "
+            f"during training are taken at t = {steps}: choose of these, or change kernels_at of an arm."
+        )
+
+
+def set_up_data(cells: Sequence[Cell]) -> None:
+    """Set up the data of the cell that needs the most samples: what has to be downloaded is there afterwards.
+
+    Args:
+        cells: Of one study, whose data differ in sizes and seeds only.
+
+    Raises:
+        ValueError: The data set has too few samples, or a class path or an argument is wrong.
+    """
+    most = max(cells, key=lambda cell: cell.n + max(cell.after_fresh, default=0))
+    parser, parsed = _parse(most)
+    del parsed["net"]  # it may be large
+    data: ImageDataModule = parser.instantiate_classes(parsed).data
+    data.prepare_data()
+    data.setup()
+
+
+def _kernels(cell: Cell) -> Iterator[dict[str, Any]]:
+    """Tell of the kernels that a cell extracts what decides whether its figure shows them."""
+    for model, sizes in ((AFTER, cell.after), (FRESH, cell.after_fresh)):
+        yield from ({"model": model, "n": n, "m": cell.n, "t": None} for n in sizes)
+    if cell.kernels_at or cell.log_spaced:
+        total = cell.optimizer.total_steps(cell.n)
+        for t in schedule(total, None, cell.log_spaced or 1, cell.kernels_at):
+            if t <= total:
+                yield {"model": DURING, "n": cell.n, "m": cell.n, "t": t}
+
+
+def _parse(cell: Cell) -> tuple[ArgumentParser, Namespace]:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--data", type=ImageDataModule, required=True)
+    parser.add_argument("--net", type=nn.Module, required=True)
+    try:
+        return parser, parser.parse_object({"data": dict(cell.data), "net": dict(cell.net)})
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise ValueError(f"data or net of the study: {error}") from error

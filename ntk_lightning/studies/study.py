@@ -1,0 +1,229 @@
+"""Grids of cells, run here or on Ray, cell by cell, so that a killed study goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import pyarrow as pa
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ntk_lightning.kernels.empirical.memory_plan import parse_bytes
+from ntk_lightning.studies.build import check_study, set_up_data
+from ntk_lightning.studies.config import Cell, StudyConfig, read_config
+from ntk_lightning.studies.executors import in_process, on_ray
+from ntk_lightning.studies.files import Rows, place_first, read_cell, write_table, writing
+from ntk_lightning.studies.schema import COLUMNS
+from ntk_lightning.studies.wandb_runs import log_rows
+
+__all__ = ["StudyError", "run_study", "study"]
+
+
+class StudyError(RuntimeError):
+    """Some cells of a study failed; the others are in the table."""
+
+
+def study(
+    config: Sequence[str],
+    scale: str | None = None,
+    output: str | None = None,
+    ray: str | None = None,
+    cpus: int | None = None,
+    gpus: float = 0.0,
+    memory: str = "4GB",
+    wandb: str | None = None,
+) -> Path:
+    """Run a study: a grid of training runs and kernel fits, resumed cell by cell when run again.
+
+    Args:
+        config: Configurations; later ones change earlier ones.
+        scale: One of the configuration's scales, such as "small".
+        output: Folder of results; by default runs/studies/<scale>. Studies in one folder share their cells and Grams.
+        ray: Run the cells on Ray: "local", or the address of a cluster.
+        cpus: CPU threads of a cell, see :func:`run_study`.
+        gpus: GPUs of a cell on Ray; a fraction lets several cells share one.
+        memory: Budget of an extraction of an empirical NTK, such as "4GB".
+        wandb: W&B project to log the study's rows to; by default none.
+
+    Returns:
+        The table of results.
+
+    Raises:
+        StudyError: Cells failed.
+    """
+    chosen = read_config(config, scale)
+    folder = Path(output or f"runs/studies/{chosen.scale}")
+    path = run_study(chosen, folder, ray=ray, cpus=cpus, gpus=gpus, memory=memory, wandb_project=wandb)
+    text = f"Results: {path}. Draw them: python -m ntk_lightning figures {folder}"
+    Console().print(text, soft_wrap=True, markup=False, emoji=False)
+    return path
+
+
+def run_study(
+    config: StudyConfig,
+    folder: Path,
+    *,
+    ray: str | None = None,
+    cpus: int | None = None,
+    gpus: float = 0.0,
+    memory: str = "4GB",
+    wandb_project: str | None = None,
+) -> Path:
+    """Run those cells of a study that have no result yet, and gather the table.
+
+    A finished cell is one file ``cells/<key>.parquet``, named by the content of its configuration and moved there when
+    it is complete: what is there is never computed again, in whichever study it occurs, nor written again where two
+    processes have computed it at the same time. Only a file that cannot be read is replaced. Infinite-width Grams lie
+    in ``grams``. The table ``<name>.parquet`` has one row for each fitted model (the columns of
+    :mod:`~ntk_lightning.studies.schema`), with the study's configuration in its metadata; it is written when the study
+    ends, however it ends, once it has a row.
+
+    Args:
+        config: The study.
+        folder: Where results lie.
+        ray: Run the cells on Ray: "local", or the address of a cluster, whose nodes must see ``folder``.
+        cpus: CPU threads of a cell; the last digits of results depend on it. By default all of this machine; on Ray
+            those of the smallest node, or with ``gpus`` so many that a node's GPUs are all used.
+        gpus: GPUs of a cell on Ray, a fraction or a whole number.
+        memory: Budget of an extraction of an empirical NTK, such as "4GB"; one that is too small fails the cell.
+        wandb_project: W&B project to log the study's rows to, those that are not there yet.
+
+    Returns:
+        The table of results.
+
+    Raises:
+        OSError: A result cannot be written; the finished cells are kept.
+        StudyError: Cells failed; their tracebacks are printed, and the others are in the table.
+        ValueError: The configuration is wrong.
+    """
+    _check_resources(ray, cpus, gpus, memory)
+    arms = config.cells()
+    check_study(config, arms)
+    cells = {cell.key: cell for group in arms.values() for cell in group}
+    files = {key: folder / "cells" / f"{key}.parquet" for key in cells}
+    pending = [cell for key, cell in cells.items() if read_cell(files[key]) is None]
+    grams, failures = folder.resolve() / "grams", dict[str, str]()
+    origin = {"git_revision": _git_revision(), "version": version("ntk_lightning")}
+    try:
+        if pending:
+            set_up_data(pending)
+        with writing(folder / "cells"):
+            (folder / "cells").mkdir(parents=True, exist_ok=True)
+        executor = in_process(grams, cpus, memory) if ray is None else on_ray(ray, grams, cpus, gpus, memory)
+        with executor as (slots, run), _progress(config.name, pending, len(cells), slots) as report:
+
+            def left() -> Iterator[Cell]:
+                for cell in pending:
+                    if read_cell(files[cell.key]) is None:
+                        yield cell
+                    else:  # another process has run it meanwhile
+                        report(cell, False)
+
+            for cell, outcome in run(left()):
+                if isinstance(outcome, str):
+                    failures[cell.key] = outcome
+                else:
+                    rows = [{**row, **origin} for row in outcome]
+                    write_table(files[cell.key], pa.Table.from_pylist(rows, COLUMNS), place=place_first)
+                report(cell, cell.key in failures)
+    finally:
+        _print_failures(failures, cells)
+        path = folder / f"{config.name}.parquet"
+        gathered = _gather(config, arms, files, path)
+    if wandb_project:
+        log_rows(gathered, wandb_project, folder)
+    if failures:
+        others = f"the others are in {path}" if gathered else "there is no table"
+        raise StudyError(
+            f"{len(failures)} of {len(cells)} cells of {config.name} failed, as printed above; {others}. Run the same "
+            "command again to retry the failed ones."
+        )
+    if not gathered:
+        raise StudyError(
+            f"None of the {len(cells)} cells of {config.name} has a row that its figure shows; a network that diverges "
+            "has no kernels, for instance. Change show of its arms, or lower the learning rate."
+        )
+    return path
+
+
+def _check_resources(ray: str | None, cpus: int | None, gpus: float, memory: str) -> None:
+    if cpus is not None and cpus < 1:
+        raise ValueError(f"--cpus must be at least 1, got {cpus}: leave it out for all CPUs.")
+    if not gpus >= 0 or (gpus > 1 and gpus != int(gpus)):
+        raise ValueError(f"--gpus must be a fraction of one GPU or a whole number of them, got {gpus}.")
+    if gpus and ray is None:
+        raise ValueError("--gpus needs --ray, which gives cells their GPUs; without it a cell takes the first GPU.")
+    parse_bytes(memory)
+
+
+def _print_failures(failures: Mapping[str, str], cells: Mapping[str, Cell]) -> None:
+    console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    for key, text in failures.items():
+        console.print(f"\nFailed: {cells[key]} (cell {key})", style="bold red")
+        console.print(text)
+
+
+@contextmanager
+def _progress(name: str, pending: Sequence[Cell], total: int, slots: int) -> Iterator[Callable[[Cell, bool], None]]:
+    """Show the cells done, failed and running, and the time left, counting a cell by its training samples."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[counts]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    left, failed = len(pending), 0
+
+    def counts() -> str:
+        failures = f", {failed} failed" if failed else ""
+        return f"{total - left - failed}/{total} cells, {min(left, slots)} running{failures}"
+
+    with Progress(*columns) as progress:
+        task = progress.add_task(name, total=sum(cell.n for cell in pending), counts=counts())
+
+        def report(cell: Cell, has_failed: bool) -> None:
+            nonlocal left, failed
+            left, failed = left - 1, failed + has_failed
+            progress.update(task, advance=cell.n, counts=counts())
+
+        yield report
+
+
+def _gather(config: StudyConfig, arms: Mapping[str, Sequence[Cell]], files: Mapping[str, Path], path: Path) -> Rows:
+    """Write the table of the cells that have results, and again where another process has finished some meanwhile."""
+    finished: dict[str, Rows] = {}
+    rows: Rows = []
+    while new := {key: read for key, file in files.items() if key not in finished and (read := read_cell(file))}:
+        finished |= new
+        rows = [
+            {**row, "study": config.name, "arm": arm.label}
+            for arm in config.arms
+            for cell in arms[arm.label]
+            for row in finished.get(cell.key, [])
+            if config.shows(arm, row)
+        ]
+        if rows:
+            metadata = {"study": json.dumps(asdict(config))}
+            write_table(path, pa.Table.from_pylist(rows, COLUMNS).replace_schema_metadata(metadata))
+    return rows
+
+
+def _git_revision() -> str | None:
+    """The commit of the checkout that this file belongs to, None where it belongs to none."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commands = (
+        ["ls-files", "--error-unmatch", Path(__file__).name],
+        ["describe", "--always", "--dirty", "--exclude=*"],
+    )
+    try:
+        outputs = [subprocess.run([*git, *c], capture_output=True, check=True, text=True).stdout for c in commands]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return outputs[-1].strip()
