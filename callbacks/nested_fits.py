@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ntk_lightning.datamodules import Samples
+from ntk_lightning.kernels.grams.gram_and_cross import GramAndCross
 from ntk_lightning.optim import OptimizerConfig
 from ntk_lightning.solvers import KernelFit, kernel_sgd
 
@@ -67,7 +68,7 @@ def check_sizes(sizes: Sequence[int] | None, n: int, what: str) -> list[int]:
 
 
 def fit_nested(
-    grams: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    grams: GramAndCross,
     train: Samples,
     evaluation: dict[str, Samples],
     optimizer: OptimizerConfig,
@@ -91,9 +92,7 @@ def fit_nested(
     return {n: fit_first(n, gram, cross, train, evaluation, optimizer, epochs_between) for n in sizes}
 
 
-def nested_grams(
-    grams: Callable[[Tensor, Tensor], tuple[Tensor, ...]], train: Samples, evaluation: dict[str, Samples], n: int
-) -> tuple[Tensor, Tensor]:
+def nested_grams(grams: GramAndCross, train: Samples, evaluation: dict[str, Samples], n: int) -> tuple[Tensor, Tensor]:
     """Compute the Grams that fits on up to n samples are cut from.
 
     Args:
