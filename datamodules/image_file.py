@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from ntk_lightning.atomic_files import atomic_write, flush, writing
-from ntk_lightning.datamodules.base import Samples
 from ntk_lightning.datamodules.cache import ADVICE, locked
+from ntk_lightning.datamodules.samples import Samples
 
 __all__ = ["ImageFile", "key_of_files"]
 

@@ -176,8 +176,9 @@ def test_a_cell_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
     file = CONFIGS / "figure_5a.yaml"
     calls: list[str] = []
     for name in ("fsync", "link", "replace"):
+        real = getattr(os, name)
 
-        def call(*args: Any, name: str = name, real: Callable[..., Any] = getattr(os, name)) -> object:  # noqa: ANN401
+        def call(*args: Any, name: str = name, real: Any = real) -> object:  # noqa: ANN401
             calls.append(f"{name} {Path(args[-1]).suffix}" if name != "fsync" else name)
             return real(*args)
 

@@ -31,6 +31,7 @@ from ntk_lightning.kernels.grams.block_file import read_block, write_block
 from ntk_lightning.kernels.grams.kernel_key import describe, digest, kernel_key
 from ntk_lightning.precision import at_least_float32
 from ntk_lightning.progress import progress_bar
+from ntk_lightning.whole_number import check_size
 
 __all__ = ["BlockId", "KernelStore"]
 
@@ -54,7 +55,7 @@ class KernelStore:
             anew for every block, so larger ones are faster.
 
     Raises:
-        TypeError: The inputs are not floating point, or the kernel cannot be named.
+        TypeError: The inputs are not floating point, ``block`` is no whole number, or the kernel cannot be named.
         ValueError: The inputs are malformed, or ``block`` is not positive.
 
     Example:
@@ -71,8 +72,7 @@ class KernelStore:
 
     def __init__(self, folder: str | Path, kernel: Callable[..., Tensor], x: Tensor, *, block: int = 256) -> None:
         check_inputs(x)
-        if block < 1:
-            raise ValueError(f"block must be at least 1 sample, got {block}.")
+        check_size("block", block, 1)
         self.kernel, self.x, self.block = kernel, x.detach(), block
         self.folder = Path(folder).expanduser().resolve() / kernel_key(kernel)
         self._names = [digest(samples) for samples in self.x.split(block)]
