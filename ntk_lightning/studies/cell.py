@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from math import inf, isfinite
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 
 from ntk_lightning.callbacks import (
     AfterKernel,
@@ -27,7 +27,8 @@ from ntk_lightning.callbacks import (
 from ntk_lightning.callbacks.nested_fits import fit_nested
 from ntk_lightning.datamodules.base import ImageDataModule
 from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK
-from ntk_lightning.kernels.grams.infinite_grams import infinite_grams
+from ntk_lightning.kernels.grams.gram_and_cross import GramAndCross
+from ntk_lightning.kernels.grams.stored import stored_gram_and_cross
 from ntk_lightning.kernels.infinite.infinite_ntk import Kind
 from ntk_lightning.modules import FiniteNetwork, LinearizedNetwork
 from ntk_lightning.studies.build import build
@@ -117,12 +118,12 @@ def _fit_kernel(
     sets = {name: getattr(data, f"{name}_set") for name in ("train", "test", "val")}
     train, *others = (samples.to(device) for samples in sets.values() if samples is not None)
     evaluation = dict(zip(("test", "val"), others, strict=False))
-    gram_and_cross: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+    gram_and_cross: GramAndCross
     if cell.model == "empirical":
         gram_and_cross = partial(EmpiricalNTK(net.to(device), memory=memory).gram_and_cross, progress=progress)
     else:
         kind: Kind = "nngp" if cell.model == "nngp" else "ntk"
-        gram_and_cross = infinite_grams(InfiniteNTK(net, kind), grams, progress=progress)
+        gram_and_cross = stored_gram_and_cross(InfiniteNTK(net, kind), grams, progress=progress)
     fits = fit_nested(gram_and_cross, train, evaluation, cell.optimizer, [cell.n])
     return ModelErrors.of_fit(cell.model, cell.n, fits[cell.n])
 

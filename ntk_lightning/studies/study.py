@@ -14,11 +14,12 @@ import pyarrow as pa
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ntk_lightning.atomic_files import writing
 from ntk_lightning.kernels.empirical.memory_plan import parse_bytes
 from ntk_lightning.studies.build import check_study, set_up_data
 from ntk_lightning.studies.config import Cell, StudyConfig, read_config
 from ntk_lightning.studies.executors import in_process, on_ray
-from ntk_lightning.studies.files import Rows, place_first, read_cell, write_table, writing
+from ntk_lightning.studies.files import ADVICE, Rows, read_cell, write_cell, write_table
 from ntk_lightning.studies.schema import COLUMNS
 from ntk_lightning.studies.wandb_runs import log_rows
 
@@ -113,7 +114,7 @@ def run_study(
     try:
         if pending:
             set_up_data(pending)
-        with writing(folder / "cells"):
+        with writing(folder / "cells", ADVICE):
             (folder / "cells").mkdir(parents=True, exist_ok=True)
         executor = in_process(grams, cpus, memory) if ray is None else on_ray(ray, grams, cpus, gpus, memory)
         with executor as (slots, run), _progress(config.name, pending, len(cells), slots) as report:
@@ -130,7 +131,7 @@ def run_study(
                     failures[cell.key] = outcome
                 else:
                     rows = [{**row, **origin} for row in outcome]
-                    write_table(files[cell.key], pa.Table.from_pylist(rows, COLUMNS), place=place_first)
+                    write_cell(files[cell.key], pa.Table.from_pylist(rows, COLUMNS))
                 report(cell, cell.key in failures)
     finally:
         _print_failures(failures, cells)
