@@ -29,7 +29,7 @@ from torch.distributed.run import get_args_parser
 
 from ntk_lightning.cli import main
 from ntk_lightning.scaling import fit_power_law
-from ntk_lightning.studies.config import read_config
+from ntk_lightning.studies.config_yaml import read_config
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
