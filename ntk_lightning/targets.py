@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from functools import cache
 from typing import Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = ["TargetKind", "describe_targets", "targets_for"]
 
 TargetKind = Literal["classes", "binary", "one-hot", "real"]
-
-_log = logging.getLogger("lightning.pytorch")  # where a run's other notices stand
 
 
 def describe_targets(y: Tensor, num_outputs: int) -> TargetKind:
@@ -131,4 +129,4 @@ def _shape(y: Tensor, num_outputs: int) -> tuple[int, ...]:
 
 @cache
 def _say_once(message: str) -> None:
-    _log.info(message)
+    rank_zero_info(message)
