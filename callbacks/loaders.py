@@ -87,9 +87,13 @@ def _request(trainer: Trainer, source: Any, stage: str | None = None) -> object:
     with fixed_seed(0):
         maker = _separate(source.instance)
         maker.trainer = trainer
-        if stage is not None:
-            maker.setup(stage)
-        loaders: object = getattr(maker, source.name)()
+        try:
+            if stage is not None:
+                maker.setup(stage)
+            loaders: object = getattr(maker, source.name)()
+        except Exception as error:
+            error.add_note(f"Kernels are computed on the samples of {source.name}() of {type(maker).__name__}.")
+            raise
         return loaders
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 __all__ = ["find_generators", "fixed_seed"]
 
+_DATA = 10_000  # entries: nobody keeps so many generators, and looking at millions of samples would take seconds
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
@@ -66,7 +67,8 @@ def find_generators(*owners: object) -> list[Any]:
     function or a method of a met object's class names.
 
     Args:
-        *owners: The objects; what is in modules, classes and arrays is not looked at.
+        *owners: The objects; what is in modules and arrays, and in containers of more than 10,000 entries, which are
+            data, is not looked at.
 
     Returns:
         Generators of torch, NumPy and Python, each once.
@@ -100,6 +102,8 @@ def find_generators(*owners: object) -> list[Any]:
                     for method in vars(base).values()
                     if isinstance(method, FunctionType)
                 ]
+            elif isinstance(item, (list, tuple, dict, set)) and len(item) > _DATA:
+                continue
             elif gc.is_tracked(item):  # numbers, strings and tuples of them refer to nothing
                 seen[id(item)] = item
                 inner += gc.get_referents(item)  # its class is among them
