@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SubsetRandomSampler
 
-from ntk_lightning.datamodules.base import Batch, BatchLoader, Samples, check_size
+from ntk_lightning.datamodules.base import Batch, BatchLoader, Samples
 from ntk_lightning.pytrees import Inputs, concatenate, count_samples, map_tensors, rebuild_mapping
 from ntk_lightning.random_state import fixed_seed
+from ntk_lightning.whole_number import check_size
 
 __all__ = ["Unpack", "choose_loader", "first_samples", "named_loaders", "unpack_batch"]
 
