@@ -94,7 +94,8 @@ class BatchLoader:
 
     def _images(self, whole: Tensor, number: int) -> Tensor:
         if self.transform is None or not isinstance(self.sampler, Shuffled):
-            return self.samples.x[whole[self.rank :: self.world_size]]
+            images: Tensor = self.samples.x[whole[self.rank :: self.world_size]]
+            return images
         with isolate_rng():
             seed = self.sampler.seed(number)
             torch.manual_seed(seed)

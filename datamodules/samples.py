@@ -9,6 +9,8 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
+from ntk_lightning.pytrees import Inputs, take_samples, to_device
+
 __all__ = ["Batch", "Samples", "has_set", "samples_of"]
 
 
@@ -27,17 +29,24 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs ``x`` (n, C, H, W) and labels ``y`` (n,)."""
+    """Inputs ``x``, such as images (n, C, H, W), and labels ``y``, (n,) or (n, C).
 
-    x: Tensor
+    Inputs of the user's own loaders may be tuples, lists and mappings of tensors that each have the n samples first.
+    """
+
+    x: Inputs
     y: Tensor
 
     def __len__(self) -> int:
         return len(self.y)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Samples:
-        """Move both tensors and cast the inputs; the same tensors where nothing changes."""
-        return replace(self, x=self.x.to(device, dtype), y=self.y.to(device))
+        """Move all tensors and cast floating-point inputs; the same tensors where nothing changes."""
+        return replace(self, x=to_device(self.x, device, dtype), y=self.y.to(device))
+
+    def take(self, index: slice | Tensor) -> Samples:
+        """Take some samples: a slice, which gives views, or positions (m,)."""
+        return Samples(take_samples(self.x, index), self.y[index])
 
 
 def samples_of(trainer: Trainer, split: str) -> Samples:

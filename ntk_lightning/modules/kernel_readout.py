@@ -17,8 +17,9 @@ from ntk_lightning.kernels.grams.gram_and_cross import JointKernel, gram_and_cro
 from ntk_lightning.kernels.grams.stored import stored_gram_and_cross
 from ntk_lightning.kernels.infinite.infinite_ntk import Backend, InfiniteNTK, Kind
 from ntk_lightning.modules.base import NTKModule
-from ntk_lightning.optim import OptimizerConfig, warn_above_critical
+from ntk_lightning.optim import OptimizerConfig
 from ntk_lightning.precision import own_precision
+from ntk_lightning.spectrum import warn_above_critical
 
 __all__ = ["InfiniteNTKReadout", "KernelReadout"]
 
