@@ -15,7 +15,8 @@ from ntk_lightning.kernels.empirical.network_function import Output, check_modes
 from ntk_lightning.kernels.empirical.network_state import copy_network
 from ntk_lightning.modules.base import NTKModule
 from ntk_lightning.modules.taylor_expansion import taylor_expansion
-from ntk_lightning.optim import OptimizerConfig, warn_above_critical
+from ntk_lightning.optim import OptimizerConfig
+from ntk_lightning.spectrum import warn_above_critical
 
 __all__ = ["LinearizedNetwork"]
 

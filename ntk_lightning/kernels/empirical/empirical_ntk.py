@@ -22,7 +22,7 @@ from ntk_lightning.kernels.empirical.network_function import NetworkFunction, ch
 from ntk_lightning.kernels.empirical.network_state import Weights, copy_network, preserved
 from ntk_lightning.kernels.empirical.rows import Rows
 from ntk_lightning.kernels.empirical.trial import choose_products, choose_rows
-from ntk_lightning.kernels.grams.distributed import sharded_gram, swap
+from ntk_lightning.kernels.grams.distributed import distributed_cross, distributed_gram, swap
 from ntk_lightning.precision import at_least_float32, own_precision
 from ntk_lightning.progress import progress_bar
 
@@ -270,8 +270,8 @@ class EmpiricalNTK(nn.Module):
     def sharded(self, x1: Arguments, x2: Arguments | None = None, *, progress: bool = False) -> Tensor:
         """Compute the Gram matrix on all ranks of the default process group together.
 
-        See :func:`~ntk_lightning.kernels.grams.distributed.sharded_gram`. Call it on every rank, with the same inputs
-        and weights.
+        Every rank computes a block of equal area. Call it on every rank, with the same inputs and weights; an error on
+        one rank ends the call on all, with one of its kind.
 
         Args:
             x1: Inputs (n1, ...).
@@ -288,7 +288,9 @@ class EmpiricalNTK(nn.Module):
             FloatingPointError: The network's outputs or gradients are not finite.
         """
         left: Any = Inputs.of(x1)  # has the length, the slices and the device of a tensor
-        return sharded_gram(self, left, None if x2 is None else cast(Any, Inputs.of(x2)), progress=progress)
+        if x2 is None:
+            return distributed_gram(self, left, progress=progress)
+        return distributed_cross(self, left, cast(Any, Inputs.of(x2)), progress=progress)
 
     def features_error(self, x: Arguments) -> float:
         """Report what reduced ``features`` cost in accuracy, on a few inputs.

@@ -40,12 +40,11 @@ class GradientRows(Rows):
     ) -> None:
         net, self.by_branch, self.forward_mode = function.net, by_branch, True
         tensors = {name: usable(t, function.dtype) for name, t in (*net.named_parameters(), *net.named_buffers())}
-        layers = factored_layers(function, tensors, sample)
+        layers, num_outputs = factored_layers(function, tensors, sample)
+        layers = {} if by_branch else layers  # a branch may leave one out
         inside = {join(layer, name) for layer in layers for name in ("weight", "bias")}
         self.trainable = {name: tensors[name] for name in function.trainable}
         weights = {name: tensor for name, tensor in self.trainable.items() if name not in inside}
-        with torch.no_grad():
-            num_outputs = function.select(functional_call(net, tensors, *sample.arguments())).numel()
         super().__init__(function, num_outputs, weights, layers, per_layer)
         self.fixed = {name: tensor for name, tensor in tensors.items() if name not in weights}
         # Zeros that are added to the output z of a factored layer: the gradient in them is the cotangent g = df/dz.
@@ -123,11 +122,12 @@ class GradientRows(Rows):
 
     def _vmap(self, f: Callable[..., Any], x: Inputs) -> Any:  # noqa: ANN401 - a tuple or list of tensors
         """Apply f to every sample; where samples take different branches, to each group that goes together."""
+        leaves = [leaf.contiguous() for leaf in x.leaves]  # not all operations have a rule for others
         if not self.by_branch:
-            return vmap(f)(*x.leaves)
+            return vmap(f)(*leaves)
         try:
             with _CommonBranch():
-                return vmap(f)(*x.leaves)
+                return vmap(f)(*leaves)
         except _BranchesDiffer as differ:
             groups = [(differ.answers == answer).nonzero()[:, 0] for answer in differ.answers.unique()]
         results = [self._vmap(f, x[group]) for group in groups]

@@ -60,7 +60,7 @@ def hooked(layers: dict[str, AffineLayer], replace: Callable[[str, Tensor, Tenso
             handle.remove()
 
 
-def factored_layers(function: NetworkFunction, tensors: Weights, sample: Inputs) -> dict[str, AffineLayer]:
+def factored_layers(function: NetworkFunction, tensors: Weights, sample: Inputs) -> tuple[dict[str, AffineLayer], int]:
     """Find the layers that may be kept in factors, by running one sample.
 
     Args:
@@ -69,7 +69,8 @@ def factored_layers(function: NetworkFunction, tensors: Weights, sample: Inputs)
         sample: One sample.
 
     Returns:
-        The layers by name: each is called with one vector, and nothing else reads its parameters.
+        The layers by name: each is called with one vector, and nothing else reads its parameters. And the number of
+        outputs.
     """
     layers = _candidates(function)
     vectors: Counter[str] = Counter()  # how many vectors each layer was called with
@@ -81,9 +82,11 @@ def factored_layers(function: NetworkFunction, tensors: Weights, sample: Inputs)
         return z.detach() + 0 * a.sum()
 
     leaves = {name: tensors[name].clone().requires_grad_() for name in function.trainable}
+    buffers = {name: tensors[name].clone() for name, _ in function.net.named_buffers()}  # it may write into them
     with torch.enable_grad(), hooked(layers, without_parameters):
-        returned = functional_call(function.net, {**tensors, **leaves}, *sample.arguments())
-        summed = function.select(returned).sum()
+        returned = functional_call(function.net, {**tensors, **leaves, **buffers}, *sample.arguments())
+        outputs = function.select(returned)
+        summed = outputs.sum()
     used = set()
     if summed.requires_grad:
         gradients = torch.autograd.grad(summed, list(leaves.values()), allow_unused=True)
@@ -92,7 +95,7 @@ def factored_layers(function: NetworkFunction, tensors: Weights, sample: Inputs)
     def alone(name: str) -> bool:
         return vectors[name] == 1 and used.isdisjoint(join(name, key) for key in ("weight", "bias"))
 
-    return {name: layer for name, layer in layers.items() if alone(name)}
+    return {name: layer for name, layer in layers.items() if alone(name)}, outputs.numel()
 
 
 def _candidates(function: NetworkFunction) -> dict[str, AffineLayer]:

@@ -28,7 +28,7 @@ def copy_network(net: nn.Module) -> nn.Module:
     Returns:
         The copy; its parameters can be differentiated, wherever this is called.
     """
-    with torch.inference_mode(False), _DetachedCopies():
+    with torch.inference_mode(False), torch.no_grad(), _DetachedCopies():
         return copy.deepcopy(net)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
+import warnings
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -111,8 +112,9 @@ def _try(function: NetworkFunction, samples: Inputs) -> _Way:
     ways: tuple[_Way, ...] = ("at once", "by branch")
     for way in ways:
         try:
-            rows = GradientRows(mix, samples[:1], by_branch=way == "by branch")
-            found = _gram(rows, samples, rows.width)
+            with warnings.catch_warnings(action="ignore"):  # of an operation that has no rule for vmap
+                rows = GradientRows(mix, samples[:1], by_branch=way == "by branch")
+                found = _gram(rows, samples, rows.width)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever torch.func cannot transform, in whatever way it says so
