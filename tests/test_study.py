@@ -186,11 +186,20 @@ def test_a_damaged_cell_is_computed_again(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_cell_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = CONFIGS / "figure_5a.yaml"
     calls: list[str] = []
-    for name in ("fsync", "link"):
+    for name in ("fsync", "link", "replace"):
         real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append(name), real(*args))[1])
+
+        def call(*args: Any, name: str = name, real: Any = real) -> object:  # noqa: ANN401
+            calls.append(f"{name} {Path(args[-1]).suffix}" if name != "fsync" else name)
+            return real(*args)
+
+        monkeypatch.setattr(os, name, call)
     run_study(read_config([file, tiny(file, tmp_path)]), tmp_path / "results")
-    assert calls == ["fsync", "link"] * 2 + ["fsync"]  # two cells and the table
+    of_cells = [number for number, call in enumerate(calls) if call == "link .parquet"]
+    (of_table,) = [number for number, call in enumerate(calls) if call == "replace .parquet"]
+    assert len(of_cells) == 2
+    for number in (*of_cells, of_table):
+        assert (calls[number - 1], calls[number + 1]) == ("fsync", "fsync")  # the file, then its folder
 
 
 @pytest.mark.usefixtures("capsys")  # what is printed goes to no file

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ntk_lightning.atomic_files import writing
+from ntk_lightning.atomic_files import atomic_write
 
 __all__ = ["ADVICE", "Rows", "read_cell", "read_digest", "write_cell", "write_table"]
 
@@ -59,7 +55,8 @@ def write_table(path: Path, table: pa.Table) -> None:
     Raises:
         OSError: It cannot be written; the message says what to do.
     """
-    _write(path, table, os.replace)
+    with atomic_write(path, ADVICE) as temporary:
+        pq.write_table(table, temporary)
 
 
 def write_cell(path: Path, table: pa.Table, digest: str | None) -> None:
@@ -73,30 +70,6 @@ def write_cell(path: Path, table: pa.Table, digest: str | None) -> None:
     Raises:
         OSError: It cannot be written; the message says what to do.
     """
-    _write(path, table.replace_schema_metadata({_DIGEST: digest} if digest else None), _link)
-
-
-def _write(path: Path, table: pa.Table, rename: Callable[[Path, Path], None]) -> None:
-    temporary = path.with_name(f".{uuid.uuid4().hex}.partial")
-    try:
-        with writing(path, ADVICE):
-            with temporary.open("wb") as file:
-                pq.write_table(table, file)
-                file.flush()
-                os.fsync(file.fileno())
-            rename(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _link(temporary: Path, path: Path) -> None:
-    """Give a finished file its name, unless a file that can be read has it."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        if read_cell(path) is None:
-            os.replace(temporary, path)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP):  # what folders without hard links say
-            raise
-        os.replace(temporary, path)
+    described = table.replace_schema_metadata({_DIGEST: digest} if digest else None)
+    with atomic_write(path, ADVICE, keep=lambda there: read_cell(there) is not None) as temporary:
+        pq.write_table(described, temporary)
