@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -18,10 +17,12 @@ from ntk_lightning.callbacks.from_trainer import (
     run_config,
     samples,
 )
-from ntk_lightning.callbacks.nested_fits import Arm, check_sizes, fit_nested
+from ntk_lightning.callbacks.model_errors import ModelErrors
+from ntk_lightning.callbacks.nested_fits import check_sizes, fit_nested
 from ntk_lightning.callbacks.run_output import check_folder, log_metrics, log_table
 from ntk_lightning.datamodules.base import has_set
-from ntk_lightning.kernels.grams.distributed import sharded_gram_and_cross
+from ntk_lightning.kernels.grams.distributed import distributed_gram_and_cross
+from ntk_lightning.kernels.grams.gram_and_cross import gram_and_cross
 from ntk_lightning.optim import OptimizerConfig
 
 __all__ = ["AfterKernel"]
@@ -53,7 +54,7 @@ class AfterKernel(Callback):
     ) -> None:
         self.sizes, self.fresh, self.optimizer = fit_sizes, fresh, optimizer
         self.network, self.memory = network, memory
-        self._arms: list[Arm] = []
+        self._models: list[ModelErrors] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check, before anything is trained, that everything is there."""
@@ -73,11 +74,12 @@ class AfterKernel(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Extract the kernel, fit it, and keep the table."""
         optimizer = run_config(trainer, pl_module, self.optimizer)
-        self._arms.clear()
+        self._models.clear()
         outputs, between = count_outputs(trainer, pl_module, self.network), epochs_between_validations(trainer)
         evaluation = evaluation_sets(trainer, outputs)
         with isolate_rng():
-            grams = partial(sharded_gram_and_cross, evaluation_kernel(pl_module, self.network, self.memory))
+            kernel = evaluation_kernel(pl_module, self.network, self.memory)
+            grams = distributed_gram_and_cross(gram_and_cross(kernel))
             for split, sizes in self._sizes(trainer).items():
                 train = samples(trainer, split, outputs)
                 try:
@@ -86,15 +88,15 @@ class AfterKernel(Callback):
                     rank_zero_warn(f"There is no after-kernel. {error}")
                     continue
                 name = "after-kernel, fresh samples" if split == "fresh" else "after-kernel"
-                self._arms += [Arm.of_fit(name, n, fit) for n, fit in fits.items()]
-        log_table(trainer, "after_kernel", [arm.row() for arm in self._arms])
-        for arm in self._arms:
-            key = "after_kernel_fresh" if arm.name.endswith("fresh samples") else "after_kernel"
-            log_metrics(trainer, {f"{key}/test_error_{arm.n}": arm.optimal_error}, trainer.global_step)
+                self._models += [ModelErrors.of_fit(name, n, fit) for n, fit in fits.items()]
+        log_table(trainer, "after_kernel", [model.row() for model in self._models])
+        for model in self._models:
+            key = "after_kernel_fresh" if model.name.endswith("fresh samples") else "after_kernel"
+            log_metrics(trainer, {f"{key}/test_error_{model.n}": model.optimal_error}, trainer.global_step)
 
-    def arms(self) -> list[Arm]:
+    def model_errors(self) -> list[ModelErrors]:
         """Summarize the fits."""
-        return self._arms
+        return self._models
 
     def _sizes(self, trainer: Trainer) -> dict[str, list[int]]:
         """Sizes to fit on, by set."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -20,10 +19,12 @@ from ntk_lightning.callbacks.from_trainer import (
     run_config,
     samples,
 )
-from ntk_lightning.callbacks.nested_fits import Arm, check_sizes, fit_first, nested_grams
+from ntk_lightning.callbacks.model_errors import ModelErrors
+from ntk_lightning.callbacks.nested_fits import NestedProblem, check_sizes
 from ntk_lightning.callbacks.run_output import check_folder, log_figure, log_metrics, log_table
 from ntk_lightning.callbacks.scheduled import ScheduledCallback
-from ntk_lightning.kernels.grams.distributed import sharded_gram_and_cross
+from ntk_lightning.kernels.grams.distributed import distributed_gram_and_cross
+from ntk_lightning.kernels.grams.gram_and_cross import gram_and_cross
 from ntk_lightning.optim import OptimizerConfig
 
 __all__ = ["EmpiricalNTKDynamics"]
@@ -81,23 +82,24 @@ class EmpiricalNTKDynamics(ScheduledCallback):
         sizes = check_sizes(self.sizes, len(train), "training")
         kernel = evaluation_kernel(pl_module, self.network, self.memory)
         optimizer = run_config(trainer, pl_module, self.optimizer)
-        gram, cross = nested_grams(partial(sharded_gram_and_cross, kernel), train, evaluation, sizes[-1])
+        grams = distributed_gram_and_cross(gram_and_cross(kernel))
+        problem = NestedProblem.compute(grams, train, evaluation, sizes[-1])
         error, loss = error_and_loss_of(kernel.net, evaluation["test"])
         for n in sizes:
-            fit = fit_first(n, gram, cross, train, evaluation, optimizer, between)
+            fit = problem.sgd(n, optimizer, epochs_between=between)
             if step == 0:
                 watched = {*fit.steps.tolist(), *(t for t in self._steps if t <= optimizer.total_steps(n))}
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of divergence: those of the fit above, again
-                    followed = fit_first(n, gram, cross, train, evaluation, optimizer, steps=sorted(watched))
-                curve = Arm.of_fit("", n, followed).curve
+                    followed = problem.sgd(n, optimizer, steps=sorted(watched))
+                curve = ModelErrors.of_fit("", n, followed).curve
                 values = zip(curve["errors"], curve["losses"], strict=True)
                 self._initial[n] = dict(zip(followed.steps.tolist(), values, strict=True))
             initial_error, initial_loss = self._initial.get(n, {}).get(step, (None, None))
-            arm = Arm.of_fit("empirical NTK at initialization", n, fit)
+            model = ModelErrors.of_fit("empirical NTK at initialization", n, fit)
             initial = {"initial_error": initial_error, "initial_loss": initial_loss}
-            self.rows.append({"step": step, **vars(arm), "network_error": error, "network_loss": loss, **initial})
-        metrics = {"empirical_ntk/test_error": arm.optimal_error, "empirical_ntk/last_test_error": arm.last_error}
+            self.rows.append({"step": step, **vars(model), "network_error": error, "network_loss": loss, **initial})
+        metrics = {"empirical_ntk/test_error": model.optimal_error, "empirical_ntk/last_test_error": model.last_error}
         log_metrics(trainer, {**metrics, "empirical_ntk/network_test_error": error}, step)
 
     def finish(self, trainer: Trainer) -> None:
@@ -107,10 +109,9 @@ class EmpiricalNTKDynamics(ScheduledCallback):
         largest = [row for row in self.rows if row["n"] == self.rows[-1]["n"]]
         log_figure(trainer, "kernel_dynamics", draw_dynamics(largest))
 
-    def arms(self) -> list[Arm]:
+    def model_errors(self) -> list[ModelErrors]:
         """Summarize the kernel at initialization."""
-        fields = Arm.__dataclass_fields__
-        return [Arm(**{name: row[name] for name in fields}) for row in self.rows if row["step"] == 0]
+        return [ModelErrors.of_row(row) for row in self.rows if row["step"] == 0]
 
     def state_dict(self) -> dict[str, Any]:
         """Give the rows so far, and the curves of K^0, for the checkpoint."""

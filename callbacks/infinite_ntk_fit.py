@@ -14,10 +14,11 @@ from ntk_lightning.callbacks.from_trainer import (
     run_config,
     samples,
 )
-from ntk_lightning.callbacks.nested_fits import Arm, check_sizes, fit_nested
+from ntk_lightning.callbacks.model_errors import ModelErrors
+from ntk_lightning.callbacks.nested_fits import check_sizes, fit_nested
 from ntk_lightning.callbacks.run_output import check_folder, log_metrics, log_table
 from ntk_lightning.kernels import InfiniteNTK, KernelStore
-from ntk_lightning.kernels.grams.infinite_grams import infinite_grams
+from ntk_lightning.kernels.grams.stored import stored_gram_and_cross
 from ntk_lightning.kernels.infinite.infinite_ntk import Backend, Kind
 from ntk_lightning.optim import OptimizerConfig
 
@@ -25,7 +26,7 @@ __all__ = ["InfiniteNTKFit"]
 
 
 class InfiniteNTKFit(Callback):
-    """Fit the infinite-width NTK of the trained network's architecture, as one more arm of the comparison.
+    """Fit the infinite-width NTK of the trained network's architecture, as one more model of the comparison.
 
     Fitted by kernel SGD with the network's optimizer config and optimal early stopping; kept in the table
     ``infinite_ntk.csv``.
@@ -51,7 +52,7 @@ class InfiniteNTKFit(Callback):
     ) -> None:
         self.sizes, self.store = fit_sizes, None if store is None else Path(store)
         self.kind, self.backend, self.optimizer, self.network = kind, backend, optimizer, network
-        self._arms: list[Arm] = []
+        self._models: list[ModelErrors] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check, before anything is trained, that the network has an infinite-width kernel for these images."""
@@ -73,19 +74,21 @@ class InfiniteNTKFit(Callback):
         """Compute the Gram, fit it, and keep the table."""
         outputs, between = count_outputs(trainer, pl_module, self.network), epochs_between_validations(trainer)
         train = samples(trainer, "train", outputs)
-        grams = infinite_grams(self._kernel(pl_module), self.store)
+        grams = stored_gram_and_cross(self._kernel(pl_module), self.store)
         sizes = check_sizes(self.sizes, len(train), "training")
         optimizer = run_config(trainer, pl_module, self.optimizer)
         fits = fit_nested(grams, train, evaluation_sets(trainer, outputs), optimizer, sizes, between)
         name = "infinite NTK" if self.kind == "ntk" else "NNGP"
-        self._arms = [Arm.of_fit(name, n, fit) for n, fit in fits.items()]
-        log_table(trainer, f"infinite_{self.kind}", [arm.row() for arm in self._arms])
-        for arm in self._arms:
-            log_metrics(trainer, {f"infinite_{self.kind}/test_error_{arm.n}": arm.optimal_error}, trainer.global_step)
+        self._models = [ModelErrors.of_fit(name, n, fit) for n, fit in fits.items()]
+        log_table(trainer, f"infinite_{self.kind}", [model.row() for model in self._models])
+        for model in self._models:
+            log_metrics(
+                trainer, {f"infinite_{self.kind}/test_error_{model.n}": model.optimal_error}, trainer.global_step
+            )
 
-    def arms(self) -> list[Arm]:
+    def model_errors(self) -> list[ModelErrors]:
         """Summarize the fits."""
-        return self._arms
+        return self._models
 
     def _kernel(self, pl_module: LightningModule) -> InfiniteNTK:
         return InfiniteNTK(network(pl_module, self.network), self.kind, self.backend)

@@ -8,7 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ntk_lightning.callbacks.nested_fits import Arm
+from ntk_lightning.callbacks.model_errors import ModelErrors
 from ntk_lightning.callbacks.run_output import check_folder, log_metrics, log_table
 from ntk_lightning.datamodules.base import has_set, samples_of
 
@@ -66,10 +66,10 @@ class OptimalEarlyStopping(Callback):
         """Log the three errors and keep the curve."""
         self._name = getattr(pl_module, "label", type(pl_module).__name__)
         self._n = len(samples_of(trainer, "train")) if has_set(trainer, "train") else 0
-        for arm in self.arms():
-            metrics = {"test/optimal_error": arm.optimal_error, "test/last_error": arm.last_error}
-            if arm.validated_error is not None:
-                metrics["test/validated_error"] = arm.validated_error
+        for model in self.model_errors():
+            metrics = {"test/optimal_error": model.optimal_error, "test/last_error": model.last_error}
+            if model.validated_error is not None:
+                metrics["test/validated_error"] = model.validated_error
             log_metrics(trainer, metrics, trainer.global_step)
         log_table(trainer, "error_curve", self.rows)
 
@@ -80,7 +80,7 @@ class OptimalEarlyStopping(Callback):
         except OSError as error:
             rank_zero_warn(str(error))  # the exception that ended the run is the one to raise
 
-    def arms(self) -> list[Arm]:
+    def model_errors(self) -> list[ModelErrors]:
         """Summarize the trained model."""
         if not self.rows:
             return []
@@ -89,7 +89,8 @@ class OptimalEarlyStopping(Callback):
         chosen = min(validated, key=lambda row: row["val_error"])["test_error"] if validated else None
         columns = {"steps": "step", "errors": "test_error", "losses": "test_loss"}
         curve = {name: [row[column] for row in self.rows] for name, column in columns.items()}
-        return [Arm(self._name, self._n, best["test_error"], best["step"], self.rows[-1]["test_error"], chosen, curve)]
+        last = self.rows[-1]["test_error"]
+        return [ModelErrors(self._name, self._n, best["test_error"], best["step"], last, chosen, curve)]
 
     def state_dict(self) -> dict[str, Any]:
         """Give the curve so far, for the checkpoint."""

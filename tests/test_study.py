@@ -5,10 +5,13 @@ Longer than 300 lines, since kills, failures and wrong configurations are tried 
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,11 +23,15 @@ from studies import CHROMIUM, CONFIGS, SHIPPED, browse, table, tiny
 from tiny import file_size_limit
 
 from ntk_lightning.cli import main
+from ntk_lightning.optim import OptimizerConfig
 from ntk_lightning.studies.cell import run_cell
-from ntk_lightning.studies.config import Arm, Cell, read_config
-from ntk_lightning.studies.executors import cells_at_once, default_threads, on_ray
+from ntk_lightning.studies.cell_config import Cell
+from ntk_lightning.studies.config import Arm
+from ntk_lightning.studies.config_yaml import read_config
+from ntk_lightning.studies.executors import Resources, cells_at_once, default_threads, on_ray
 from ntk_lightning.studies.figure_draw import figures
 from ntk_lightning.studies.report_wandb import report
+from ntk_lightning.studies.results import read_study
 from ntk_lightning.studies.schema import COLUMNS
 from ntk_lightning.studies.study import StudyError, run_study
 
@@ -90,16 +97,17 @@ def test_nested_infinite_cells_share_one_store(tmp_path: Path) -> None:
     file = CONFIGS / "figure_1a.yaml"
     group = read_config([file, tiny(file, tmp_path)]).cells()["infinite NTK"]
     for cell in group:
-        run_cell(cell, tmp_path / "grams")
+        run_cell(cell, tmp_path / "grams", "1GB")
     assert len([path for path in (tmp_path / "grams").iterdir() if path.is_dir()]) == 1
 
 
 KILLED = """
 import os, random, sys, time
 from ntk_lightning.cli import main
-from ntk_lightning.studies import executors
+from ntk_lightning.optim import OptimizerConfig
+from ntk_lightning.studies import cell as cell_module
 
-args, log, chance, run_cell = sys.argv[1].split("\\n"), sys.argv[2], random.Random(0), executors.run_cell
+args, log, chance, run_cell = sys.argv[1].split("\\n"), sys.argv[2], random.Random(0), cell_module.run_cell
 cells = os.path.join(args[args.index("--output") + 1], "cells")
 
 def logged(cell, *rest, **options):
@@ -114,7 +122,7 @@ def finished():
     names = os.listdir(cells) if os.path.isdir(cells) else []
     return {name.removesuffix(".parquet") for name in names if name.endswith(".parquet")}
 
-executors.run_cell = logged
+cell_module.run_cell = logged
 for number in [1, 2, 3, 4, 5, None]:
     before, count, deadline = finished(), len(started()), time.monotonic() + 120
     child = os.fork()
@@ -166,7 +174,7 @@ def test_a_damaged_cell_is_computed_again(tmp_path: Path, monkeypatch: pytest.Mo
         ran.append(cell)
         return run_cell(cell, *args, **kwargs)
 
-    monkeypatch.setattr("ntk_lightning.studies.executors.run_cell", counted)
+    monkeypatch.setattr("ntk_lightning.studies.cell.run_cell", counted)
     assert table(run_study(config, folder)) == before
     assert sorted(cell.key for cell in ran) == [path.stem for path in damaged]
     assert all(pq.read_table(path).num_rows for path in damaged)
@@ -175,11 +183,20 @@ def test_a_damaged_cell_is_computed_again(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_cell_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = CONFIGS / "figure_5a.yaml"
     calls: list[str] = []
-    for name in ("fsync", "link"):
+    for name in ("fsync", "link", "replace"):
         real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append(name), real(*args))[1])
+
+        def call(*args: Any, name: str = name, real: Any = real) -> object:  # noqa: ANN401
+            calls.append(f"{name} {Path(args[-1]).suffix}" if name != "fsync" else name)
+            return real(*args)
+
+        monkeypatch.setattr(os, name, call)
     run_study(read_config([file, tiny(file, tmp_path)]), tmp_path / "results")
-    assert calls == ["fsync", "link"] * 2 + ["fsync"]  # two cells and the table
+    of_cells = [number for number, call in enumerate(calls) if call == "link .parquet"]
+    (of_table,) = [number for number, call in enumerate(calls) if call == "replace .parquet"]
+    assert len(of_cells) == 2
+    for number in (*of_cells, of_table):
+        assert (calls[number - 1], calls[number + 1]) == ("fsync", "fsync")  # the file, then its folder
 
 
 @pytest.mark.usefixtures("capsys")  # what is printed goes to no file
@@ -211,10 +228,10 @@ def test_a_cell_that_another_process_has_finished_meanwhile_is_not_written_again
             seen.update({path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()})
         else:
             ran.append(cell)
-        return run_cell(cell, tmp_path)
+        return run_cell(cell, tmp_path, "1GB")
 
     seen: dict[Path, int] = {}
-    monkeypatch.setattr("ntk_lightning.studies.executors.run_cell", overtaken)
+    monkeypatch.setattr("ntk_lightning.studies.cell.run_cell", overtaken)
     run_study(config, folder)
     assert [cell.key for cell in ran] == [cells[0].key, *(cell.key for cell in cells)]
     assert {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()} == seen
@@ -241,7 +258,7 @@ def failing(cell: Cell, *args: Any, **kwargs: Any) -> object:  # noqa: ANN401
 def test_a_failed_cell_is_reported_and_the_others_finish(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ntk_lightning.studies.executors.run_cell", failing)
+    monkeypatch.setattr("ntk_lightning.studies.cell.run_cell", failing)
     with pytest.raises(StudyError, match="4 of 12 cells of figure_2a failed"):
         main(command(CONFIGS / "figure_2a.yaml", tmp_path))
     printed = capsys.readouterr()
@@ -259,7 +276,7 @@ def test_failures_are_reported_when_the_study_is_interrupted(
             raise KeyboardInterrupt
         return failing(cell, *args, **kwargs)
 
-    monkeypatch.setattr("ntk_lightning.studies.executors.run_cell", interrupted)
+    monkeypatch.setattr("ntk_lightning.studies.cell.run_cell", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main(command(CONFIGS / "figure_2a.yaml", tmp_path))
     assert capsys.readouterr().err.count("Failed: network, n 9") == 2
@@ -269,7 +286,7 @@ def test_a_study_without_rows_leaves_no_table(tmp_path: Path, monkeypatch: pytes
     def broken(*args: object, **kwargs: object) -> object:
         raise RuntimeError
 
-    monkeypatch.setattr("ntk_lightning.studies.executors.run_cell", broken)
+    monkeypatch.setattr("ntk_lightning.studies.cell.run_cell", broken)
     with pytest.raises(StudyError, match="12 of 12 cells of figure_2a failed, as printed above; there is no table"):
         main(command(CONFIGS / "figure_2a.yaml", tmp_path))
     assert not list((tmp_path / "results").rglob("*.parquet"))
@@ -316,9 +333,9 @@ def test_nodes_that_are_gone_have_no_room(monkeypatch: pytest.MonkeyPatch) -> No
     ray = SimpleNamespace(is_initialized=lambda: True, nodes=lambda: nodes)
     monkeypatch.setitem(sys.modules, "ray", ray)
     for cpus, slots in ((None, 3), (1, 6)):
-        with on_ray("local", Path(), cpus, 0.0, "4GB") as (found, _):
-            assert found == slots
-    with pytest.raises(ValueError, match="A cell asks for 8 CPUs"), on_ray("local", Path(), 8, 0.0, "4GB"):
+        with on_ray("local", Path(), Resources("local", cpus)) as executor:
+            assert executor.slots == slots
+    with pytest.raises(ValueError, match="A cell asks for 8 CPUs"), on_ray("local", Path(), Resources("local", 8)):
         pass
 
 
@@ -354,9 +371,9 @@ def test_an_interrupted_study_keeps_its_table(tmp_path: Path, monkeypatch: pytes
         if len(ran) == 2:
             raise KeyboardInterrupt
         ran.append(cell)
-        return run_cell(cell, tmp_path)
+        return run_cell(cell, tmp_path, "1GB")
 
-    monkeypatch.setattr("ntk_lightning.studies.executors.run_cell", interrupted)
+    monkeypatch.setattr("ntk_lightning.studies.cell.run_cell", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_study(config, tmp_path / "results")
     assert [row["cell"] for row in table(tmp_path / "results" / "figure_2a.parquet")] == [cell.key for cell in ran]
@@ -459,7 +476,7 @@ def test_a_cell_leaves_no_file_where_it_is_run(tmp_path: Path, monkeypatch: pyte
     cell = read_config([file, tiny(file, tmp_path)]).cells()["network"][0]
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    run_cell(cell, tmp_path / "grams")
+    run_cell(cell, tmp_path / "grams", "1GB")
     assert not list((tmp_path / "here").iterdir())
 
 
@@ -524,3 +541,93 @@ def test_wandb_keeps_runs_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "one.yaml").write_text(yaml.safe_dump({"grid": {"n": [6], "seed": [0]}}))
     main([*command(file, tmp_path, "--wandb", "a_project"), "--config", str(tmp_path / "one.yaml")])
     assert len(list((tmp_path / "results" / "wandb").glob("offline-run-*"))) == 1
+
+
+EARLIER = Path(__file__).parent / "data" / "study_of_0_1"  # what version 0.1.0 wrote of a tiny figure 1A
+
+
+def test_tables_of_an_earlier_version_are_drawn_and_its_cells_refused_in_one_sentence(tmp_path: Path) -> None:
+    shutil.copytree(EARLIER, tmp_path / "results")
+    results = str(tmp_path / "results")
+    assert len(figures(results)) == 2
+    assert report(results).exists()
+    study = read_study(tmp_path / "results" / "figure_1a.parquet")
+    assert len(study.rows) == 18
+    with pytest.raises(ValueError, match=r"results are of an earlier version.*choose another --output") as refused:
+        main(command(CONFIGS / "figure_1a.yaml", tmp_path))
+    assert str(refused.value).count(". ") == 0
+    assert len(list((tmp_path / "results" / "cells").iterdir())) == 1
+
+
+def a_cell(**changes: Any) -> Cell:  # noqa: ANN401
+    return Cell(**{"model": "network", "n": 8, "width": 2, "seed": 1, "optimizer": OptimizerConfig(lr=0.5), **changes})
+
+
+@dataclass(frozen=True)
+class LaterOptimizer(OptimizerConfig):
+    nesterov: bool = False
+
+
+@dataclass(frozen=True)
+class LaterCell(Cell):
+    augment: bool = False
+    widths: list[int] = field(default_factory=list)
+
+
+def test_a_new_option_with_a_default_leaves_finished_cells_finished() -> None:
+    later = LaterCell(**{**vars(a_cell()), "optimizer": LaterOptimizer(lr=0.5)})
+    assert "nesterov" in later.config
+    assert "widths" in later.config
+    assert later.key == a_cell().key
+    changed = [replace(later, augment=True), replace(later, widths=[1])]
+    changed.append(replace(later, optimizer=LaterOptimizer(lr=0.5, nesterov=True)))
+    assert len({cell.key for cell in (later, *changed)}) == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "order 2"},
+        {"n": 9},
+        {"width": 3},
+        {"seed": 2},
+        {"optimizer": OptimizerConfig(lr=0.25)},
+        {"optimizer": OptimizerConfig(lr=0.5, full_batch=True)},
+        {"after": (4,)},
+        {"after_fresh": (4,)},
+        {"kernels_at": (4,)},
+        {"log_spaced": 4},
+        {"until_train_error": 0.0},
+        {"data": {"class_path": "a"}},
+        {"net": {"class_path": "a"}},
+        {"net": {"class_path": "a", "init_args": {"width": 2}}},
+    ],
+)
+def test_every_value_that_is_no_default_changes_the_key(change: dict[str, Any]) -> None:
+    assert a_cell(**change).key != a_cell().key
+
+
+def test_the_defaults_behind_the_keys_are_those_of_finished_cells() -> None:
+    # A key leaves defaults out: one that changed would give the results of the old default the key of the new one.
+    assert vars(OptimizerConfig()) == {
+        **{"lr": 0.1, "momentum": 0.9, "batch_size": 200, "epochs": 20, "steps": None, "full_batch": False, "seed": 0}
+    }
+    defaults = vars(Cell("network", 1, 1, 0, OptimizerConfig()))
+    assert {
+        name: value for name, value in defaults.items() if name not in ("model", "n", "width", "seed", "optimizer")
+    } == {
+        **{"after": (), "after_fresh": (), "kernels_at": None, "log_spaced": None, "until_train_error": None},
+        **{"data": {}, "net": {}},
+    }
+    assert a_cell().key == "fb61656bb600884da78514fe"
+
+
+def test_resources_have_one_default_each(capsys: pytest.CaptureFixture[str]) -> None:
+    defaults = {item.name: item.default for item in fields(Resources)}
+    parameters = inspect.signature(run_study).parameters
+    assert {name: parameters[name].default for name in defaults} == defaults
+    with pytest.raises(SystemExit):
+        main(["study", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"(default: {defaults['gpus']:g})" in shown
+    assert f"(default: {defaults['memory']})" in shown

@@ -13,7 +13,8 @@ from ntk_lightning.datamodules.base import has_set, samples_of
 from ntk_lightning.kernels.empirical.empirical_ntk import EmpiricalNTK
 from ntk_lightning.modules.base import NTKModule
 from ntk_lightning.modules.taylor_expansion import taylor_expansion
-from ntk_lightning.optim import OptimizerConfig, warn_above_critical
+from ntk_lightning.optim import OptimizerConfig
+from ntk_lightning.spectrum import warn_above_critical
 
 __all__ = ["LinearizedNetwork"]
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from ntk_lightning.callbacks.scheduled import schedule
 from ntk_lightning.datamodules.base import ImageDataModule
-from ntk_lightning.studies.config import Cell, StudyConfig
+from ntk_lightning.studies.cell_config import Cell
+from ntk_lightning.studies.config import StudyConfig
 from ntk_lightning.studies.schema import AFTER, DURING, FRESH
 
 __all__ = ["build", "check_study", "set_up_data"]
@@ -73,7 +74,7 @@ def check_study(config: StudyConfig, arms: Mapping[str, Sequence[Cell]]) -> None
 
 
 def set_up_data(cells: Sequence[Cell]) -> None:
-    """Set up the data of the cell that needs the most samples: what has to be downloaded is there afterwards.
+    """Set up the data of the cell that needs the most samples, which downloads what has to be downloaded.
 
     Args:
         cells: Of one study, whose data differ in sizes and seeds only.
@@ -90,7 +91,7 @@ def set_up_data(cells: Sequence[Cell]) -> None:
 
 
 def _kernels(cell: Cell) -> Iterator[dict[str, Any]]:
-    """Tell of the kernels that a cell extracts what decides whether its figure shows them."""
+    """For each kernel that a cell extracts, the columns of its row that ``StudyConfig.shows`` filters on."""
     for model, sizes in ((AFTER, cell.after), (FRESH, cell.after_fresh)):
         yield from ({"model": model, "n": n, "m": cell.n, "t": None} for n in sizes)
     if cell.kernels_at or cell.log_spaced:

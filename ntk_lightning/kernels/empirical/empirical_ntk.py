@@ -18,7 +18,7 @@ from torch.func import jvp, vjp
 from ntk_lightning.kernels.checks import check_finite, check_inputs
 from ntk_lightning.kernels.empirical.gradients import GradientRows
 from ntk_lightning.kernels.empirical.memory_plan import SLICE_COLUMNS, chunk_size, divide, parse_bytes
-from ntk_lightning.kernels.grams.distributed import sharded_gram, swap
+from ntk_lightning.kernels.grams.distributed import distributed_cross, distributed_gram, swap
 from ntk_lightning.precision import at_least_float32, own_precision
 from ntk_lightning.progress import progress_bar
 
@@ -220,8 +220,8 @@ class EmpiricalNTK(nn.Module):
     def sharded(self, x1: Tensor, x2: Tensor | None = None, *, progress: bool = False) -> Tensor:
         """Compute the Gram matrix on all ranks of the default process group together.
 
-        See :func:`~ntk_lightning.kernels.grams.distributed.sharded_gram`. Call it on every rank, with the same inputs
-        and weights.
+        Every rank computes a block of equal area. Call it on every rank, with the same inputs and weights; an error on
+        one rank ends the call on all, with one of its kind.
 
         Args:
             x1: Inputs (n1, ...).
@@ -236,7 +236,9 @@ class EmpiricalNTK(nn.Module):
             ValueError: Inputs are malformed or lie elsewhere than the kernel, or the memory budget is too small.
             FloatingPointError: The network's outputs or gradients are not finite.
         """
-        return sharded_gram(self, x1, x2, progress=progress)
+        if x2 is None:
+            return distributed_gram(self, x1, progress=progress)
+        return distributed_cross(self, x1, x2, progress=progress)
 
     def features_error(self, x: Tensor) -> float:
         """Report what reduced ``features`` cost in accuracy, on a few inputs.
