@@ -8,17 +8,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import study_tables as tables
 
+from ntk_lightning.scaling import compare_exponents, fit_power_law
 from ntk_lightning.studies.figure import study_figure
 from ntk_lightning.studies.figure_captions import figure_caption
 from ntk_lightning.studies.figure_departure import Departure, departure_step
 from ntk_lightning.studies.figure_draw import draw_study, figures
 from ntk_lightning.studies.figure_fits import Exponent, fit_series
 from ntk_lightning.studies.figure_lines import Line
+from ntk_lightning.studies.figure_table import exponent_cells, exponents_table
 from ntk_lightning.studies.figure_text import html_text, plain_text
 from ntk_lightning.studies.results import StudyResults, read_results, read_study
 from ntk_lightning.studies.schema import COLUMNS, Quantity
@@ -252,9 +255,84 @@ def test_p_values_of_lines_on_other_sizes_and_errors_near_the_studys_chance_are_
     rows += [tables.row("infinite", tables.law(1.9, 0.2, n), n=n) for n in tables.SIZES[1:]]
     first, second = exponents(read_study(tables.write(tmp_path, "sizes", "n", rows)))
     assert not first.notes
-    assert second.notes == ["The p-value compares it with network, which is fitted on other sizes."]
+    assert second.notes == ["The p-value compares it with network on the 5 sizes that both have."]
     first, _ = exponents(read_study(tables.write(tmp_path, "sizes", "n", rows, chance=0.3)))
     assert "at chance (0.3)" in " ".join(first.notes)
+
+
+def test_lines_of_other_sizes_are_compared_on_those_that_both_have(tmp_path: Path) -> None:
+    few = tables.SIZES[2:5]
+    rows = [
+        tables.row("network", tables.law(1.9, 0.3, n, seed), n=n, seed=seed) for n in tables.SIZES for seed in range(3)
+    ]
+    rows += [tables.row("infinite", tables.law(1.9, 0.25, n, seed), n=n, seed=seed) for n in few for seed in range(3)]
+    rows += [
+        tables.row("nngp", tables.law(1.9, 0.25, n, seed), n=n, seed=seed) for n in (8000, 32000) for seed in range(3)
+    ]
+    network, infinite, nngp = exponents(read_study(tables.write(tmp_path, "sizes", "n", rows)))
+    assert [*network.line.fit.n] == list(tables.SIZES)
+    with pytest.warns(UserWarning, match="weak evidence"):
+        fits = [
+            fit_power_law(few, [[tables.law(1.9, beta, n, seed) for n in few] for seed in range(3)])
+            for beta in (0.3, 0.25)
+        ]
+    assert infinite.p_value == compare_exponents(*fits, paired=True).p_value
+    assert infinite.paired
+    assert (nngp.p_value, nngp.paired) == (None, False)
+    assert nngp.notes[-1] == "No p-value: fewer than 2 of its sizes are those of network."
+
+
+def test_no_p_value_stands_where_no_test_was_made(tmp_path: Path) -> None:
+    rows = [tables.row(model, 1 / n, n=n) for model in ("network", "infinite") for n in (10, 20)]
+    study = read_study(tables.write(tmp_path, "two", "n", rows))
+    _, infinite = exponents(study)
+    assert infinite.p_value is None
+    assert exponent_cells(infinite)[-1] == ""
+    assert exponent_cells(infinite)[2] == "[no interval]"
+
+
+@pytest.mark.parametrize("bent", [True, False])
+def test_a_law_that_bends_has_a_note(bent: bool, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).normal(0, 0.02, (4, len(tables.SIZES)))
+    rows = [
+        tables.row("network", float(2 * n ** (-0.6 + 0.03 * bent * np.log(n / 500)) * np.exp(z)), n=n, seed=seed)
+        for seed in range(4)
+        for n, z in zip(tables.SIZES, noise[seed], strict=True)
+    ]
+    study = read_study(tables.write(tmp_path, "bent", "n", rows))
+    [line] = fit_series(study)
+    caption = study_caption(study)
+    assert ("The law bends" in caption) == bent
+    if bent:
+        means = line.fit.mean_errors
+        first, last = (np.log(means[i] / means[i + 1]) / np.log(2) for i in (0, -2))
+        assert (
+            f"exponent is {first:.2f} between the two smallest sizes and {last:.2f} between the two largest" in caption
+        )
+
+
+def test_optima_at_the_end_of_training_are_noted_and_counted(tmp_path: Path) -> None:
+    rows = []
+    for number, n in enumerate(tables.SIZES):
+        early = {} if number == 0 else {"curve_errors": [0.5, 0.3, 0.2]}  # the best is at step 2000 of 2000
+        rows.append(tables.row("network", tables.law(1.9, 0.3, n), n=n, **early))
+        rows.append(tables.row("infinite", tables.law(1.9, 0.3, n), n=n))
+    study = read_study(tables.write(tmp_path, "short", "n", rows))
+    note = "network: The least test error of 5 of 6 fits lies in the last tenth of training: more epochs may lower it."
+    assert note in study_caption(study)
+    assert note in exponents_table(study).caption
+    assert "last tenth" not in study_caption(study, "loss")
+    last = read_study(tables.write(tmp_path, "short", "n", rows, value="last"))
+    assert "last tenth" not in study_caption(last)
+
+
+def test_the_caption_counts_the_test_images_of_an_error(tmp_path: Path) -> None:
+    rows = [tables.row("network", error, n=n) for n, error in ((500, 0.1), (1000, 0.0075))]
+    study = read_study(tables.write(tmp_path, "counted", "n", rows))
+    caption = study_caption(study)
+    assert "All seeds share the 2000 test images, whose choice no interval covers" in caption
+    assert "the least error of a seed, 0.75%, is 15 of them." in caption
+    assert "test images" not in study_caption(study, "loss")
 
 
 def test_a_model_without_width_is_a_band(tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field, fields, replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,10 +28,11 @@ from ntk_lightning.cli import main
 from ntk_lightning.optim import OptimizerConfig
 from ntk_lightning.studies.cell import run_cell
 from ntk_lightning.studies.cell_config import Cell
-from ntk_lightning.studies.config import Arm
+from ntk_lightning.studies.config import Arm, Grid, StudyConfig
 from ntk_lightning.studies.config_yaml import read_config
 from ntk_lightning.studies.executors import Resources, cells_at_once, default_threads, on_ray
 from ntk_lightning.studies.figure_draw import figures
+from ntk_lightning.studies.progress import seconds_left
 from ntk_lightning.studies.report_wandb import report
 from ntk_lightning.studies.results import read_study
 from ntk_lightning.studies.schema import COLUMNS
@@ -265,6 +268,15 @@ def test_a_failed_cell_is_reported_and_the_others_finish(
     assert printed.err.count("Failed: network, n 9") == 4
     assert "KeyError: 'values[name] of [/x] :x:'" in printed.err  # no markup
     assert "8/12 cells, 0 running, 4 failed" in printed.out
+    lines = printed.out.splitlines()  # no terminal: a line a cell
+    assert lines[0] == "figure_2a: 0/12 cells, 1 running"
+    assert sum(line.startswith("figure_2a: ") for line in lines) == 13
+    assert sum(", seed 0 took " in line for line in lines) == 4
+    assert sum(line.endswith(" failed") and "network, n 9, width" in line for line in lines) == 4
+    clock = r"\d:\d\d:\d\d"
+    assert re.match(
+        rf"figure_2a: 1/12 cells, 1 running, {clock} elapsed, more than {clock} left; network, n 6,", lines[1]
+    )
     assert sorted({row["n"] for row in table(tmp_path / "results" / "figure_2a.parquet")}) == [6, 12]
 
 
@@ -465,7 +477,7 @@ def test_a_file_that_is_no_yaml_is_named(content: bytes, tmp_path: Path) -> None
 
 
 def test_missing_files_and_scales_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="cli_configs/studies has one per figure"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.yaml, name one of your own, or one that comes with"):
         read_config([tmp_path / "nothing.yaml"])
     with pytest.raises(ValueError, match=r"no scale 'huge'.*cifar10.*small"):
         read_config([CONFIGS / "figure_1a.yaml"], "huge")
@@ -620,6 +632,105 @@ def test_the_defaults_behind_the_keys_are_those_of_finished_cells() -> None:
         **{"data": {}, "net": {}},
     }
     assert a_cell().key == "fb61656bb600884da78514fe"
+
+
+def sized(model: str, n: int, width: int | None = None, epochs: int = 20) -> Cell:
+    return a_cell(model=model, n=n, width=width, optimizer=OptimizerConfig(epochs=epochs))
+
+
+def test_the_time_left_is_that_of_the_closest_cell_of_the_kind() -> None:
+    now = [(sized("network", 100, 8), 10.0), (sized("network", 400, 8), 20.0), (sized("infinite", 100), 5.0)]
+    assert seconds_left([sized("network", 800, 8)], now, [], 1) == (40.0, True)
+    assert seconds_left([sized("network", 50, 8)], now, [], 1) == (5.0, True)
+    assert seconds_left([sized("network", 100, 8, epochs=40)], now, [], 1) == (20.0, True)
+    assert seconds_left([sized("infinite", 300)], now, [], 1) == (45.0, True)
+    assert seconds_left([sized("infinite", 300), sized("network", 800, 8)], now, [], 2) == (42.5, True)
+    assert seconds_left([sized("infinite", 300), sized("network", 800, 16)], now, [], 1) == (45.0, False)
+    assert seconds_left([sized("network", 800, 8)], [], now, 1) == (40.0, True)
+    assert seconds_left([sized("network", 800, 8)], [(sized("network", 100, 8), 1.0)], now, 1) == (8.0, True)
+    assert seconds_left([], now, [], 1) == (0.0, True)
+
+
+OWN_DATA = """
+import torch
+from ntk_lightning.datamodules import ImageDataModule, Samples
+
+class OwnData(ImageDataModule):
+    sign, loaded = 1.0, 0
+
+    def load(self, train):
+        type(self).loaded += 1
+        x = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(int(train)))
+        return Samples(x, self.sign * x.mean((1, 2, 3)).sign())
+
+class Downloaded(OwnData):
+    def prepare_data(self):
+        pass
+"""
+
+
+@pytest.mark.parametrize("name", ["OwnData", "Downloaded"])
+def test_data_that_have_changed_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_data.py").write_text(OWN_DATA)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_data", raising=False)
+    classes = import_module("own_data")
+    grid = Grid(n=[6], width=[2], seed=[0], epochs=[1], batch_size=[6])
+    net = {"class_path": "ntk_lightning.networks.MLP", "init_args": {"in_features": 64, "depth": 2}}
+    data = {"class_path": f"own_data.{name}", "init_args": {"n_test": 8, "n_statistics": 12}}
+    config = StudyConfig("own", "Own data", data, net, [Arm("network")], grid)
+    folder = tmp_path / "results"
+    before = table(run_study(config, folder))
+    loaded = getattr(classes, name)
+    assert loaded.loaded == 4  # both pools before the study, and in its cell
+    assert table(run_study(config, folder)) == before
+    monkeypatch.setattr(classes.OwnData, "sign", -1.0)
+    larger = replace(config, grid=replace(grid, n=[6, 12]))
+    with pytest.raises(ValueError, match=rf"own have changed: 1 finished cells .*own_data\.{name} loads now"):
+        run_study(larger, folder)
+    if name == "OwnData":
+        with pytest.raises(ValueError, match=r"have changed.*another --output"):
+            run_study(config, folder)
+    else:  # nothing is left to run, and the data may not be here: they are not downloaded to be compared
+        count = loaded.loaded
+        assert table(run_study(config, folder)) == before
+        assert loaded.loaded == count
+    monkeypatch.setattr(classes.OwnData, "sign", 1.0)
+    assert len(table(run_study(larger, folder))) == 2
+
+
+def test_a_base_is_found_beside_its_file_or_among_those_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no checkout
+    (tmp_path / "mine").mkdir()
+    own = tmp_path / "mine" / "own.yaml"
+    own.write_text("base: cli_configs/studies/figure_1a.yaml\nname: own\n")
+    assert read_config([own]).arms == read_config(["cli_configs/studies/figure_1a.yaml"]).arms
+    (tmp_path / "mine" / "second.yaml").write_text("base: own.yaml\ntitle: Second\n")
+    second = read_config([tmp_path / "mine" / "second.yaml"])
+    assert (second.name, second.title) == ("own", "Second")
+    own.write_text("base: figure_1a.yaml\nname: own\n")
+    with pytest.raises(FileNotFoundError, match=r"mine/figure_1a\.yaml, the base of .*own\.yaml: name a file beside"):
+        read_config([own])
+
+
+def test_the_papers_exponents_and_scale_are_not_those_of_other_data(tmp_path: Path) -> None:
+    shipped = "cli_configs/studies/figure_1a.yaml"
+    paper = read_config([shipped])
+    assert (paper.scale, len(paper.figure.published)) == ("paper", 3)
+    files = [tmp_path / name for name in ("same.yaml", "other.yaml", "own.yaml")]
+    files[0].write_text(yaml.safe_dump({"data": {"init_args": {"path": "elsewhere"}}}))
+    files[1].write_text(yaml.safe_dump({"data": {"class_path": "my_data.Mine"}}))
+    files[2].write_text(yaml.safe_dump({"base": shipped, "name": "own", "data": {"class_path": "my_data.Mine"}}))
+    assert read_config([shipped, files[0]]).figure == paper.figure
+    for own in (read_config([shipped, files[1]]), read_config([files[2]])):
+        assert (own.scale, own.figure.published) == ("", {})
+    assert len(read_config([shipped], "small").figure.published) == 3  # a scale is the project's, and says so
+    change = {"data": {"class_path": "my_data.Mine"}, "scale": "mine", "figure": {"published": {"network": 0.5}}}
+    files[1].write_text(yaml.safe_dump(change))
+    own = read_config([shipped, files[1]])
+    assert (own.scale, own.figure.published) == ("mine", {"network": 0.5})
 
 
 def test_resources_have_one_default_each(capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,7 +109,7 @@ class FigureConfig:
         at: Show only kernels K^t at these steps t.
         value: "optimal" draws the least error or loss over training (an oracle), "last" that of the last step.
         chance: Test error of guessing, near which a power law is not to be trusted.
-        published: Exponents of the source paper, by label, for the caption.
+        published: Exponents that the source paper prints, by label, for caption and table.
         caption: What the figure shows.
     """
 
@@ -134,7 +134,7 @@ class StudyConfig:
         arms: The curves.
         grid: Values of every axis.
         figure: How it is drawn.
-        scale: Name of the scale that was chosen.
+        scale: Name of the scale that was chosen; empty for a study that is none of the paper's.
 
     Raises:
         ValueError: The name cannot be that of a file.
@@ -147,7 +147,7 @@ class StudyConfig:
     arms: list[Arm]
     grid: Grid
     figure: FigureConfig = field(default_factory=FigureConfig)
-    scale: str = "paper"
+    scale: str = ""
 
     def __post_init__(self) -> None:
         if not self.name or self.name.startswith(".") or any(sign in self.name for sign in "/\\\0"):

@@ -22,7 +22,9 @@ def read_config(files: Sequence[str | Path], scale: str | None = None) -> StudyC
         files: Later files change earlier ones, key by key at any depth; the value null removes a key, so that
             ``published: null`` clears what an earlier file lists. A file that is not there is looked for among those
             that come with the package, such as ``cli_configs/studies/figure_1a.yaml``. Their key ``base`` names a file
-            beside them that they change; their key ``scales`` holds, by name, further changes.
+            that they change: one beside them, or else one that would be found here. A file that takes another class of
+            data drops the exponents that the paper published of its own, and the name of its scale. The key ``scales``
+            holds, by name, further changes.
         scale: Which of those to make, in every file that has it; None for none.
 
     Returns:
@@ -40,7 +42,7 @@ def read_config(files: Sequence[str | Path], scale: str | None = None) -> StudyC
         if not isinstance(scales, dict) or not all(isinstance(change, dict) for change in scales.values()):
             raise ValueError(f"scales in {file} must map names to changes, such as scales: {{small: {{grid: ...}}}}.")
         names.update(scales)
-        raw = _merge(_merge(raw, content), scales.get(scale, {}))
+        raw = _merge(_change(raw, content), scales.get(scale, {}))
     if scale is not None:
         if scale not in names:
             raise ValueError(f"There is no scale {scale!r} in {[str(file) for file in files]}, only {sorted(names)}.")
@@ -71,9 +73,13 @@ def parse_config(raw: dict[str, Any]) -> StudyConfig:
         raise ValueError(str(error)) from error
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def _read_yaml(file: Path, changed_by: Path | None = None) -> dict[str, Any]:
     if not file.is_file():
-        raise FileNotFoundError(f"No study configuration at {file}: cli_configs/studies has one per figure.")
+        what = f"the base of {changed_by}: name a file beside it" if changed_by else "name one of your own"
+        raise FileNotFoundError(
+            f"No study configuration at {file}, {what}, or one that comes with the package, such as "
+            "cli_configs/studies/figure_1a.yaml."
+        )
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -81,7 +87,21 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} is not a mapping of study settings: see cli_configs/studies.")
     base = content.pop("base", None)
-    return content if base is None else _merge(_read_yaml(file.parent / str(base)), content)
+    if base is None:
+        return content
+    beside = file.parent / str(base)
+    found = beside if beside.is_file() else Path(find_config(str(base)))
+    return _change(_read_yaml(found if found.is_file() else beside, file), content)
+
+
+def _change(base: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+    """Change a study by a file; what the paper says of its own data is not kept for others."""
+    classes = [made.get("class_path") for made in (base.get("data"), content.get("data")) if isinstance(made, dict)]
+    if None not in classes and len({*classes}) == 2:
+        base = {key: value for key, value in base.items() if key != "scale"}
+        if isinstance(base.get("figure"), dict):
+            base["figure"] = {key: value for key, value in base["figure"].items() if key != "published"}
+    return _merge(base, content)
 
 
 def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

@@ -34,16 +34,18 @@ def figure_caption(figure: StudyFigure) -> str:
     )
     sentences.append(f"{fits} test {quantity} is {stopped}.")
     sentences.append(_spread_sentence(figure))
+    sentences.append(_test_images_sentence(figure))
     if figure.exponents:
         of = f"test {quantity} ∝ ${study.axis}^{{-β}}$"
         sentences.append(f"Dotted: fits of {of}, with 95% intervals (of the seeds; with one seed, of the residuals).")
     if config.figure.published and quantity == "error":
         values = "; ".join(f"{name} {beta:g}" for name, beta in config.figure.published.items())
-        sentences.append(f"Exponents that the paper (arXiv 2206.10012) prints: {values}.")
-    sentences.append(
-        "Learning rates, momentum, batch sizes and numbers of samples are choices of this study, not known to be the "
-        "paper's."
-    )
+        sentences.append(f"Exponents that the paper (arXiv 2206.10012) prints of its own data and networks: {values}.")
+    if config.scale:  # one of the paper's studies
+        sentences.append(
+            "Learning rates, momentum, batch sizes and numbers of samples are choices of this study, not known to be "
+            "the paper's."
+        )
     sentences += [f"{str(departure)[0].upper()}{str(departure)[1:]}" for departure in figure.departures]
     sentences += [f"{'; '.join(labels)}: {note}" for note, labels in figure.notes.items()]
     return " ".join(sentence for sentence in [*sentences, *_left_out(figure)] if sentence)
@@ -97,6 +99,18 @@ def _spread_sentence(figure: StudyFigure) -> str:
     seeds = f"{low}" if low == high else f"{low} to {high}"
     bars = "; ".join(kind for kind, found in kinds.items() if found)
     return f"Means over {seeds} seed{'s' * (high > 1)}; bars or bands: {bars}."
+
+
+def _test_images_sentence(figure: StudyFigure) -> str:
+    """Say how many test images an error counts, where the study's configuration tells their number."""
+    count = (figure.study.config.data.get("init_args") or {}).get("n_test")
+    if figure.quantity != "error" or not isinstance(count, int):
+        return ""
+    least = min(float(line.at(x).min()) for line in figure.lines for x in [*line.xs, None] if line.at(x).size)
+    return (
+        f"All seeds share the {count} test images, whose choice no interval covers; the least error of a "
+        f"seed, {100 * least:.2g}%, is {round(least * count)} of them."
+    )
 
 
 def _left_out(figure: StudyFigure) -> list[str]:

@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 
 from ntk_lightning.atomic_files import atomic_write
 
-__all__ = ["ADVICE", "Rows", "read_cell", "write_cell", "write_table"]
+__all__ = ["ADVICE", "Rows", "read_cell", "read_digest", "write_cell", "write_table"]
 
 Rows: TypeAlias = list[dict[str, Any]]
+_DIGEST = b"data"  # in a cell's metadata
 ADVICE = "Make room there or choose another --output; finished cells are kept, and the same command goes on from them"
 
 
@@ -31,6 +32,19 @@ def read_cell(path: Path) -> Rows | None:
         return None
 
 
+def read_digest(path: Path) -> str | None:
+    """Read of which data a finished cell is.
+
+    Args:
+        path: Of its file.
+
+    Returns:
+        The digest of the data; None where none is noted.
+    """
+    digest = (pq.read_schema(path).metadata or {}).get(_DIGEST)
+    return None if digest is None else digest.decode()
+
+
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a table that is there whole or not at all, also after a power cut.
 
@@ -45,15 +59,17 @@ def write_table(path: Path, table: pa.Table) -> None:
         pq.write_table(table, temporary)
 
 
-def write_cell(path: Path, table: pa.Table) -> None:
+def write_cell(path: Path, table: pa.Table, digest: str | None) -> None:
     """Write the rows of a finished cell, unless another process was first.
 
     Args:
         path: Of its file; a file there is replaced only if it cannot be read.
         table: Its rows.
+        digest: Of the data that they were computed from.
 
     Raises:
         OSError: It cannot be written; the message says what to do.
     """
+    described = table.replace_schema_metadata({_DIGEST: digest} if digest else None)
     with atomic_write(path, ADVICE, keep=lambda there: read_cell(there) is not None) as temporary:
-        pq.write_table(table, temporary)
+        pq.write_table(described, temporary)

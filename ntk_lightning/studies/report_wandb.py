@@ -23,7 +23,7 @@ from ntk_lightning.studies.schema import QUANTITIES
 
 __all__ = ["report"]
 
-INSTALL = "The W&B report needs wandb-workspaces: pip install wandb-workspaces."
+INSTALL = "The W&B report needs the extra `report`: pip install wandb-workspaces."
 
 
 def report(results: str, project: str = "ntk_lightning", entity: str | None = None) -> Path:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow as pa
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ntk_lightning.atomic_files import writing
 from ntk_lightning.studies.build import check_study, set_up_data
@@ -20,7 +20,8 @@ from ntk_lightning.studies.cell_config import KEY_LENGTH, Cell
 from ntk_lightning.studies.config import StudyConfig
 from ntk_lightning.studies.config_yaml import read_config
 from ntk_lightning.studies.executors import Resources, in_process, on_ray
-from ntk_lightning.studies.files import ADVICE, Rows, read_cell, write_cell, write_table
+from ntk_lightning.studies.files import ADVICE, Rows, read_cell, read_digest, write_cell, write_table
+from ntk_lightning.studies.progress import study_progress
 from ntk_lightning.studies.schema import COLUMNS
 from ntk_lightning.studies.wandb_runs import log_rows
 
@@ -43,7 +44,8 @@ def study(
     Args:
         config: Configurations; later ones change earlier ones.
         scale: One of the configuration's scales, such as "small".
-        output: Folder of results; by default runs/studies/<scale>. Studies in one folder share their cells and Grams.
+        output: Folder of results; by default runs/studies/<scale>, or <name> where
+            there is no scale. Studies in one folder share their cells and Grams.
         wandb: W&B project to log the study's rows to; by default none.
         resources: Where its cells run, and what each may use; by default one after another, with all CPUs.
 
@@ -54,7 +56,7 @@ def study(
         StudyError: Cells failed.
     """
     chosen = read_config(config, scale)
-    folder = Path(output or f"runs/studies/{chosen.scale}")
+    folder = Path(output or f"runs/studies/{chosen.scale or chosen.name}")
     path = run_study(chosen, folder, wandb_project=wandb, **vars(resources or Resources()))
     text = f"Results: {path}. Draw them: python -m ntk_lightning figures {folder}"
     Console().print(text, soft_wrap=True, markup=False, emoji=False)
@@ -75,8 +77,9 @@ def run_study(
 
     A finished cell is one file ``cells/<key>.parquet``, named by the content of its configuration and moved there when
     it is complete: what is there is never computed again, in whichever study it occurs, nor written again where two
-    processes have computed it at the same time. Only a file that cannot be read is replaced. Infinite-width Grams lie
-    in ``grams``. The table ``<name>.parquet`` has one row for each fitted model (the columns of
+    processes have computed it at the same time. Only a file that cannot be read is replaced. A cell notes a digest of
+    the data that it was computed from, and data that have changed since are refused. Infinite-width Grams lie in
+    ``grams``. The table ``<name>.parquet`` has one row for each fitted model (the columns of
     :mod:`~ntk_lightning.studies.schema`), with the study's configuration in its metadata; it is written when the study
     ends, however it ends, once it has a row.
 
@@ -95,7 +98,7 @@ def run_study(
     Raises:
         OSError: A result cannot be written; the finished cells are kept.
         StudyError: Cells failed; their tracebacks are printed, and the others are in the table.
-        ValueError: The configuration is wrong.
+        ValueError: The configuration is wrong, or finished cells are of other data, or of an earlier version.
     """
     resources = Resources(ray, cpus, gpus, memory)
     arms = config.cells()
@@ -103,31 +106,35 @@ def run_study(
     cells = {cell.key: cell for group in arms.values() for cell in group}
     files = {key: folder / "cells" / f"{key}.parquet" for key in cells}
     _refuse_earlier_cells(folder)
-    pending = [cell for key, cell in cells.items() if read_cell(files[key]) is None]
+    finished = {key: rows for key, file in files.items() if (rows := read_cell(file)) is not None}
+    earlier = [(cells[key], _seconds(rows)) for key, rows in finished.items()]
+    pending = [cell for key, cell in cells.items() if key not in finished]
     grams, failures = folder.resolve() / "grams", dict[str, str]()
     origin = {"git_revision": _git_revision(), "version": version("ntk_lightning")}
     try:
-        if pending:
-            set_up_data(pending)
+        digest = set_up_data(pending or [*cells.values()], finished=not pending)
+        _check_data(digest, [files[key] for key in finished], config)
         with writing(folder / "cells", ADVICE):
             (folder / "cells").mkdir(parents=True, exist_ok=True)
         made = nullcontext(in_process(grams, resources)) if ray is None else on_ray(ray, grams, resources)
-        with made as executor, _progress(config.name, pending, len(cells), executor.slots) as report:
+        shown = partial(study_progress, config.name, pending, earlier, len(cells))
+        with made as executor, shown(executor.slots) as progress:
 
             def left() -> Iterator[Cell]:
                 for cell in pending:
-                    if read_cell(files[cell.key]) is None:
+                    if (rows := read_cell(files[cell.key])) is None:
                         yield cell
                     else:  # another process has run it meanwhile
-                        report(cell, False)
+                        progress.report(cell, _seconds(rows))
 
             for cell, outcome in executor.run(left()):
                 if outcome.failure is None:
                     rows = [{**row, **origin} for row in outcome.rows]
-                    write_cell(files[cell.key], pa.Table.from_pylist(rows, COLUMNS))
+                    write_cell(files[cell.key], pa.Table.from_pylist(rows, COLUMNS), digest)
+                    progress.report(cell, _seconds(rows))
                 else:
                     failures[cell.key] = outcome.failure
-                report(cell, cell.key in failures)
+                    progress.report(cell, None)
     finally:
         _print_failures(failures, cells)
         path = folder / f"{config.name}.parquet"
@@ -157,38 +164,27 @@ def _refuse_earlier_cells(folder: Path) -> None:
         )
 
 
+def _check_data(digest: str | None, files: Sequence[Path], config: StudyConfig) -> None:
+    """Raise a ValueError where finished cells were computed from data that are not those of now."""
+    stale = [file for file in files if digest is not None and read_digest(file) not in (None, digest)]
+    if stale:
+        raise ValueError(
+            f"The data of study {config.name} have changed: {len(stale)} finished cells in {stale[0].parent} were "
+            f"computed from other samples than {config.data.get('class_path')} loads now. Choose another --output for "
+            "the changed data, or undo the change."
+        )
+
+
+def _seconds(rows: Rows) -> float:
+    """The seconds that a cell took, from its rows."""
+    return max((row["seconds"] or 0.0 for row in rows), default=0.0)
+
+
 def _print_failures(failures: Mapping[str, str], cells: Mapping[str, Cell]) -> None:
     console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
     for key, text in failures.items():
         console.print(f"\nFailed: {cells[key]} (cell {key})", style="bold red")
         console.print(text)
-
-
-@contextmanager
-def _progress(name: str, pending: Sequence[Cell], total: int, slots: int) -> Iterator[Callable[[Cell, bool], None]]:
-    """Show the cells done, failed and running, and the time left, counting a cell by its training samples."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.fields[counts]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    left, failed = len(pending), 0
-
-    def counts() -> str:
-        failures = f", {failed} failed" if failed else ""
-        return f"{total - left - failed}/{total} cells, {min(left, slots)} running{failures}"
-
-    with Progress(*columns) as progress:
-        task = progress.add_task(name, total=sum(cell.n for cell in pending), counts=counts())
-
-        def report(cell: Cell, has_failed: bool) -> None:
-            nonlocal left, failed
-            left, failed = left - 1, failed + has_failed
-            progress.update(task, advance=cell.n, counts=counts())
-
-        yield report
 
 
 def _gather(config: StudyConfig, arms: Mapping[str, Sequence[Cell]], files: Mapping[str, Path], path: Path) -> Rows:
