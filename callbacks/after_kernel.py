@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -22,7 +21,8 @@ from ntk_lightning.callbacks.model_errors import ModelErrors
 from ntk_lightning.callbacks.nested_fits import check_sizes, fit_nested
 from ntk_lightning.callbacks.run_output import check_folder, log_metrics, log_table
 from ntk_lightning.datamodules.base import has_set
-from ntk_lightning.kernels.grams.distributed import sharded_gram_and_cross
+from ntk_lightning.kernels.grams.distributed import distributed_gram_and_cross
+from ntk_lightning.kernels.grams.gram_and_cross import gram_and_cross
 from ntk_lightning.optim import OptimizerConfig
 
 __all__ = ["AfterKernel"]
@@ -78,7 +78,8 @@ class AfterKernel(Callback):
         outputs, between = count_outputs(trainer, pl_module, self.network), epochs_between_validations(trainer)
         evaluation = evaluation_sets(trainer, outputs)
         with isolate_rng():
-            grams = partial(sharded_gram_and_cross, evaluation_kernel(pl_module, self.network, self.memory))
+            kernel = evaluation_kernel(pl_module, self.network, self.memory)
+            grams = distributed_gram_and_cross(gram_and_cross(kernel))
             for split, sizes in self._sizes(trainer).items():
                 train = samples(trainer, split, outputs)
                 try:

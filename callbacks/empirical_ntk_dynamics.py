@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -24,7 +23,8 @@ from ntk_lightning.callbacks.model_errors import ModelErrors
 from ntk_lightning.callbacks.nested_fits import NestedProblem, check_sizes
 from ntk_lightning.callbacks.run_output import check_folder, log_figure, log_metrics, log_table
 from ntk_lightning.callbacks.scheduled import ScheduledCallback
-from ntk_lightning.kernels.grams.distributed import sharded_gram_and_cross
+from ntk_lightning.kernels.grams.distributed import distributed_gram_and_cross
+from ntk_lightning.kernels.grams.gram_and_cross import gram_and_cross
 from ntk_lightning.optim import OptimizerConfig
 
 __all__ = ["EmpiricalNTKDynamics"]
@@ -82,7 +82,8 @@ class EmpiricalNTKDynamics(ScheduledCallback):
         sizes = check_sizes(self.sizes, len(train), "training")
         kernel = evaluation_kernel(pl_module, self.network, self.memory)
         optimizer = run_config(trainer, pl_module, self.optimizer)
-        problem = NestedProblem.compute(partial(sharded_gram_and_cross, kernel), train, evaluation, sizes[-1])
+        grams = distributed_gram_and_cross(gram_and_cross(kernel))
+        problem = NestedProblem.compute(grams, train, evaluation, sizes[-1])
         error, loss = error_and_loss_of(kernel.net, evaluation["test"])
         for n in sizes:
             fit = problem.sgd(n, optimizer, epochs_between=between)

@@ -18,7 +18,7 @@ from ntk_lightning.callbacks.model_errors import ModelErrors
 from ntk_lightning.callbacks.nested_fits import check_sizes, fit_nested
 from ntk_lightning.callbacks.run_output import check_folder, log_metrics, log_table
 from ntk_lightning.kernels import InfiniteNTK, KernelStore
-from ntk_lightning.kernels.grams.infinite_grams import infinite_grams
+from ntk_lightning.kernels.grams.stored import stored_gram_and_cross
 from ntk_lightning.kernels.infinite.infinite_ntk import Backend, Kind
 from ntk_lightning.optim import OptimizerConfig
 
@@ -74,7 +74,7 @@ class InfiniteNTKFit(Callback):
         """Compute the Gram, fit it, and keep the table."""
         outputs, between = count_outputs(trainer, pl_module, self.network), epochs_between_validations(trainer)
         train = samples(trainer, "train", outputs)
-        grams = infinite_grams(self._kernel(pl_module), self.store)
+        grams = stored_gram_and_cross(self._kernel(pl_module), self.store)
         sizes = check_sizes(self.sizes, len(train), "training")
         optimizer = run_config(trainer, pl_module, self.optimizer)
         fits = fit_nested(grams, train, evaluation_sets(trainer, outputs), optimizer, sizes, between)

@@ -21,7 +21,7 @@ from ntk_lightning.kernels.diagnostics import (
     leading_eigenvalues,
     target_share,
 )
-from ntk_lightning.kernels.grams.distributed import sharded_gram
+from ntk_lightning.kernels.grams.distributed import distributed_gram
 
 __all__ = ["KernelDiagnostics"]
 
@@ -79,7 +79,7 @@ class KernelDiagnostics(ScheduledCallback):
         """Extract K^t on the probe set and take its measures."""
         train = samples(trainer, "train", count_outputs(trainer, pl_module, self.network))
         x, y = train.x[: self.probe_size], train.y[: self.probe_size]
-        gram = sharded_gram(evaluation_kernel(pl_module, self.network, self.memory), x)
+        gram = distributed_gram(evaluation_kernel(pl_module, self.network, self.memory), x)
         initial = self._initial.to(gram) if self.rows and self._initial is not None else gram
         row: dict[str, Any] = {
             "step": step,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ntk_lightning.datamodules import Samples
+from ntk_lightning.kernels.grams.gram_and_cross import GramAndCross
 from ntk_lightning.optim import OptimizerConfig
 from ntk_lightning.solvers import KernelFit, kernel_sgd
 
@@ -32,7 +32,7 @@ class NestedProblem:
     @classmethod
     def compute(
         cls,
-        grams: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+        grams: GramAndCross,
         train: Samples,
         evaluation: dict[str, Samples],
         n: int,
@@ -40,7 +40,7 @@ class NestedProblem:
         """Compute both Grams, in one pass over the evaluation sets.
 
         Args:
-            grams: Gives the kernel of n training inputs, (n, n), and that of m other inputs with them, (m, n).
+            grams: Gives the kernel of n training inputs, (n, n), and those of other inputs with them, (m, n).
             train: The training set.
             evaluation: The "test" set, and the "val" set if there is one.
             n: The largest size to fit, N.
@@ -48,9 +48,8 @@ class NestedProblem:
         Returns:
             The problem.
         """
-        gram, cross = grams(train.x[:n], torch.cat([samples.x for samples in evaluation.values()]))
-        parts = torch.split(cross, [len(samples) for samples in evaluation.values()])
-        sets = {name: (part, samples.y) for (name, samples), part in zip(evaluation.items(), parts, strict=True)}
+        gram, *crosses = grams(train.x[:n], *(samples.x for samples in evaluation.values()))
+        sets = {name: (part, samples.y) for (name, samples), part in zip(evaluation.items(), crosses, strict=True)}
         return cls(gram, train.y[:n], sets)
 
     def sgd(
@@ -100,7 +99,7 @@ def check_sizes(sizes: Sequence[int] | None, n: int, what: str) -> list[int]:
 
 
 def fit_nested(
-    grams: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    grams: GramAndCross,
     train: Samples,
     evaluation: dict[str, Samples],
     optimizer: OptimizerConfig,

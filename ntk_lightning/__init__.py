@@ -38,12 +38,17 @@ if TYPE_CHECKING:
     from ntk_lightning.optim import OptimizerConfig, critical_learning_rate
     from ntk_lightning.scaling import ExponentDifference, PowerLawFit, compare_exponents, fit_power_law
     from ntk_lightning.solvers import (
+        GaussianPrediction,
+        KernelBlocks,
         KernelFit,
         RidgeFit,
         gradient_descent,
         gradient_flow,
         kernel_sgd,
         kernel_sgd_grid,
+        log_marginal_likelihood,
+        nngp_posterior,
+        ntk_ensemble,
         ridge,
     )
     from ntk_lightning.studies import (
@@ -86,11 +91,13 @@ __all__ = [
     "FiniteNetwork",
     "FittedSeries",
     "FiveLayerCNN",
+    "GaussianPrediction",
     "Grid",
     "ImageDataModule",
     "InfiniteNTK",
     "InfiniteNTKFit",
     "InfiniteNTKReadout",
+    "KernelBlocks",
     "KernelDiagnostics",
     "KernelFit",
     "KernelReadout",
@@ -127,6 +134,9 @@ __all__ = [
     "kernel_key",
     "kernel_sgd",
     "kernel_sgd_grid",
+    "log_marginal_likelihood",
+    "nngp_posterior",
+    "ntk_ensemble",
     "read_config",
     "read_results",
     "read_study",
