@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SubsetRandomSampler
 
-from ntk_lightning.datamodules.base import Batch, BatchLoader, Samples
-from ntk_lightning.pytrees import Inputs, concatenate, count_samples, map_tensors, rebuild_mapping
+from ntk_lightning.datamodules.batches import BatchLoader
+from ntk_lightning.datamodules.samples import Batch, Samples
+from ntk_lightning.datamodules.unpack import Unpack, unpack_batch, unpack_samples
+from ntk_lightning.pytrees import concatenate
 from ntk_lightning.random_state import fixed_seed
 from ntk_lightning.whole_number import check_size
 
-__all__ = ["Unpack", "choose_loader", "first_samples", "named_loaders", "unpack_batch"]
+__all__ = ["choose_loader", "first_samples", "named_loaders"]
 
-Unpack: TypeAlias = Callable[[Any], tuple[Inputs, Tensor]]  # of a collated batch
-
-_LABELS = ("labels", "label", "targets", "target", "y")
 _SEED = 0x5EED  # of random transforms: the same samples on every process and at every call
-_GIVE = "give samples=, a function of a collated batch to (inputs, targets)."
 
 
 def first_samples(loader: object, count: int, unpack: Unpack | None = None, *, fewer: bool = False) -> Samples:
@@ -41,7 +38,8 @@ def first_samples(loader: object, count: int, unpack: Unpack | None = None, *, f
         loader: A ``DataLoader``, a loader of ``ntk_lightning.datamodules``, a collection that holds exactly one, or an
             iterable of batches that can be iterated over again.
         count: Number n of samples.
-        unpack: Function of a collated batch to (inputs, targets); by default :func:`unpack_batch`.
+        unpack: Function of a collated batch to (inputs, targets); by default
+            :func:`ntk_lightning.datamodules.unpack.unpack_batch`.
         fewer: Take what there is where the data set has fewer samples, instead of an error.
 
     Returns:
@@ -61,7 +59,7 @@ def first_samples(loader: object, count: int, unpack: Unpack | None = None, *, f
     loader = choose_loader(loader) if _is_collection(loader) else loader
     if isinstance(loader, BatchLoader):
         own = loader.samples.take(slice(_enough(len(loader.samples), count, fewer, "The loader's data set")))
-        return _unpacked(Batch(own.x, own.y, torch.arange(len(own)), len(own)), unpack)
+        return unpack_samples(Batch(own.x, own.y, torch.arange(len(own)), len(own)), unpack)
     owners: list[object] = [loader.collate_fn] if isinstance(loader, DataLoader) else []
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
         owners.append(loader.dataset)  # a stream is copied instead, and begins where its generator is
@@ -75,40 +73,6 @@ def first_samples(loader: object, count: int, unpack: Unpack | None = None, *, f
     except Exception as error:
         error.add_note("A kernel reads the first samples of this loader in the main process, without worker_init_fn.")
         raise
-
-
-def unpack_batch(batch: object) -> tuple[Inputs, Tensor]:
-    """Part a batch into inputs and targets.
-
-    Args:
-        batch: A tuple or list (x, y, ...), or a mapping with one of the keys "labels", "label", "targets", "target"
-            and "y", such as a ``BatchEncoding``.
-
-    Returns:
-        x and y; or the mapping without its targets, and the targets.
-
-    Raises:
-        ValueError: The batch is neither, or a mapping has none or several of the keys.
-
-    Example:
-        >>> unpack_batch({"tokens": torch.tensor([[5, 6]]), "labels": torch.tensor([1])})
-        ({'tokens': tensor([[5, 6]])}, tensor([1]))
-    """
-    if isinstance(batch, Mapping):
-        keys = [key for key in _LABELS if key in batch]
-        if len(keys) != 1:
-            raise ValueError(
-                f"A batch with the keys {list(batch)} has {f'several targets, {keys}' if keys else 'no targets'}: name "
-                f"them by one of {', '.join(_LABELS)}, or {_GIVE}"
-            )
-        inputs = {key: value for key, value in batch.items() if key != keys[0]}
-        return rebuild_mapping(batch, inputs), batch[keys[0]]
-    if isinstance(batch, (tuple, list)) and len(batch) > 1:
-        return batch[0], batch[1]
-    size = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
-    raise ValueError(
-        f"A batch of type {type(batch).__name__}{size} is neither (x, y, ...) nor a mapping with targets: {_GIVE}"
-    )
 
 
 def choose_loader(loaders: object, which: int | str | None = None) -> object:
@@ -187,7 +151,7 @@ def _collate(loader: DataLoader[Any], count: int, unpack: Unpack, fewer: bool) -
             f"collate_fn cannot make one batch of the first {len(samples)} samples of {name}: {error} Bring them "
             "to one size in the data set, or pad them in collate_fn."
         ) from error
-    read = _unpacked(batch, unpack)
+    read = unpack_samples(batch, unpack)
     if len(read) != len(samples):
         raise ValueError(
             f"collate_fn makes {len(read)} samples of the first {len(samples)} of {name}: a kernel needs one for one."
@@ -222,30 +186,12 @@ def _join(items: Iterator[Any], count: int, unpack: Unpack, fewer: bool, name: s
     parts: list[Samples] = []
     have = 0
     for item in items:
-        parts.append(_unpacked(item, unpack))
+        parts.append(unpack_samples(item, unpack))
         have += len(parts[-1])
         if have >= count:
             break
     n = _enough(have, count, fewer, name)
     return Samples(concatenate([part.x for part in parts]), concatenate([part.y for part in parts])).take(slice(n))
-
-
-def _unpacked(batch: object, unpack: Unpack) -> Samples:
-    """Part a batch and check it; a single number as target makes it a batch of one sample."""
-    parts = unpack(batch)
-    if not isinstance(parts, (tuple, list)) or len(parts) != 2:
-        raise TypeError(f"samples= must give (inputs, targets), got {type(parts).__name__}: return a pair.")
-    x, y = parts
-    if isinstance(y, (int, float)):
-        y = torch.tensor(y)
-    if not isinstance(y, Tensor):
-        raise TypeError(f"The targets of a batch must be a tensor, got {type(y).__name__}: {_GIVE}")
-    if not y.dim():
-        x, y = map_tensors(lambda tensor: tensor[None], (x, y))
-    n = count_samples(x)
-    if n != len(y):
-        raise ValueError(f"A batch has {n} inputs and {len(y)} targets: every tensor must have the n samples first.")
-    return Samples(x, y)
 
 
 def _indices(loader: DataLoader[Any]) -> list[int]:

@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 from ntk_lightning.atomic_files import writing
 from ntk_lightning.callbacks.run_output import ADVICE, run_folder
+from ntk_lightning.callbacks.training_lines import TrainingLines
 from ntk_lightning.commands import COMMANDS, OWN, PROGRAM, example, overview, run_command
 from ntk_lightning.shipped_configs import find_configs
 
@@ -71,6 +72,7 @@ def main(args: Sequence[str] | None = None) -> LightningCLI | None:
         LightningDataModule,
         RunConfig,
         {"save_to_log_dir": False},
+        trainer_defaults={"callbacks": [TrainingLines()]},
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,

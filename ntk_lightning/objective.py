@@ -84,9 +84,8 @@ def check_labels(labels: Tensor, num_outputs: int = 1, *, name: str = "Labels", 
                 f"{wrong.unique()[:5].tolist()}: map them, or give the network one output for labels -1 and +1.{hint}"
             )
         return
-    wrong = labels[(labels != 1) & (labels != -1)]
-    if len(wrong):
+    if ((labels != 1) & (labels != -1)).any():
         raise ValueError(
-            f"{name} must be -1 or +1, got {wrong.unique()[:5].tolist()}: map your two classes to them (0 and 1 by "
+            f"{name} must be -1 or +1, got {labels.unique()[:5].tolist()}: map your two classes to them (0 and 1 by "
             f"2 * y - 1); several classes need several outputs of the network, or one_hot(y) for a solver.{hint}"
         )

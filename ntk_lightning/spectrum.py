@@ -31,7 +31,8 @@ def largest_eigenvalue(
     """Find the largest eigenvalue of a symmetric matrix from its products with vectors.
 
     The Lanczos iteration with full reorthogonalization (Golub and Van Loan, "Matrix Computations", chapter 10), which
-    approaches lambda_max from below. Products are taken in the matrix's own precision, also inside autocast.
+    approaches lambda_max from below. Products are taken in the matrix's own precision, at least float32, also inside
+    autocast.
 
     Args:
         kernel: Symmetric matrix (n, n), or a function that multiplies it by a float64 vector (n,).
@@ -57,6 +58,8 @@ def largest_eigenvalue(
         matrix = kernel.detach()
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or n not in (None, len(matrix)):
             raise ValueError(f"kernel must be a square Gram (n, n) of n={n} samples, got {tuple(matrix.shape)}.")
+        if matrix.dtype not in (torch.float32, torch.float64):  # in float16 or integers vectors would be rounded
+            matrix = matrix.double()
         n, device, multiply = len(matrix), matrix.device, lambda vector: matrix @ vector.to(matrix.dtype)
     else:
         multiply, device = kernel, device or torch.device("cpu")

@@ -240,7 +240,6 @@ DATA = [
     pytest.param(tensors(y=LABELS.tolist()), TypeError, "torch.as_tensor", id="labels in a list"),
     pytest.param(tensors(x=IMAGES.numpy()), TypeError, "torch.as_tensor", id="images in numpy"),
     pytest.param(tensors(x=IMAGES / 0), ValueError, "clean the data", id="infinite pixels"),
-    pytest.param(tensors(x=torch.ones(10, 1, 4, 4)), ValueError, "drop them", id="constant channel"),
     pytest.param(tensors(x=IMAGES[:0], y=LABELS[:0]), ValueError, "n_train must be at least 1", id="no image"),
     pytest.param(lambda: FashionMNISTBinary(100_000).setup(), ValueError, "has 4096 such samples", id="n_train 100000"),
     pytest.param(lambda: SyntheticTeacher(A or "cauchy"), ValueError, "distribution must be", id="distribution"),

@@ -33,7 +33,8 @@ from torch.utils.data import (
 )
 
 from ntk_lightning.datamodules import Samples, TensorData
-from ntk_lightning.datamodules.from_loaders import choose_loader, first_samples, named_loaders, unpack_batch
+from ntk_lightning.datamodules.from_loaders import choose_loader, first_samples, named_loaders
+from ntk_lightning.datamodules.unpack import unpack_batch
 
 GLOBAL = np.random.default_rng(5)  # a script's own
 

@@ -17,7 +17,7 @@ __all__ = ["Curve", "EvaluationSet", "KernelFit", "KernelModel", "error_and_loss
 class EvaluationSet(NamedTuple):
     """A set of new points that a fit is evaluated on.
 
-    Args:
+    Attributes:
         kernel: Kernel between the new points and the training set, (m, n).
         targets: Labels of the new points, (m,) or (m, C).
     """
@@ -29,7 +29,7 @@ class EvaluationSet(NamedTuple):
 class Curve(NamedTuple):
     """Error and loss on one set at the k evaluations of a fit.
 
-    Args:
+    Attributes:
         errors: Fraction of the set that is misclassified, (k,), float64; None for real targets of one output, which
             have no error rate.
         losses: Mean squared error, (k,), float64.
