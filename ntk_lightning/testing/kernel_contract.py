@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ntk_lightning.pytrees import Inputs, concatenate, map_tensors, named_tensors, take_samples, to_device
+from ntk_lightning.pytrees import Tree, concatenate, map_tensors, named_tensors, take_samples, to_device
 
 __all__ = ["KernelContract"]
 
@@ -49,7 +49,7 @@ class KernelContract(ABC):
         """Make the kernel, the same one at every call."""
 
     @abstractmethod
-    def make_inputs(self, n: int, seed: int) -> Inputs:
+    def make_inputs(self, n: int, seed: int) -> Tree:
         """Make n inputs in float64, the same ones for the same seed."""
 
     def make_variants(self) -> Sequence[Callable[..., Tensor]]:
@@ -157,7 +157,7 @@ class KernelContract(ABC):
             self._compare(variant(x), kernel(x), f"The Gram of variant {number} differs")
             self._compare(variant(x, y), kernel(x, y), f"K(x, y) of variant {number} differs")
 
-    def _given(self, method: str = "__call__") -> tuple[Any, Inputs, Inputs]:
+    def _given(self, method: str = "__call__") -> tuple[Any, Tree, Tree]:
         kernel = self.make_kernel()
         if not hasattr(kernel, method):
             raise unittest.SkipTest(f"the kernel has no method {method}")
