@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ntk_lightning.kernels.empirical.inputs import Inputs
 from ntk_lightning.kernels.empirical.slow_path import PlainNetwork
@@ -114,11 +115,50 @@ def _dependence(plain: PlainNetwork, samples: Inputs, again: Tensor, alone: list
         together = outputs_of(plain, samples)
     except (RuntimeError, ValueError, IndexError):
         return None  # made for one sample a call: then it mixes none
-    return None if agree(together, torch.cat(alone), 1e-8, 3e-4) else _MIXES
+    if agree(together, torch.cat(alone), 1e-8, 3e-4) or _branches_alone_differ(plain, samples):
+        return None
+    return _MIXES
+
+
+def _branches_alone_differ(plain: PlainNetwork, samples: Inputs) -> bool:
+    """Whether two samples together only take another branch than alone: then the kernel is that of samples alone."""
+    # The network turns tensors into numbers of Python's, with other values together than alone, and the first output
+    # has no gradient in the second sample. Of inputs without gradients that is believed.
+    answers = []
+    for x in (*samples.split(1), samples):
+        with _Answers() as questions:
+            outputs_of(plain, x)
+        answers.append(questions.answers)
+    if answers[0] == answers[1] == answers[2]:
+        return False
+    leaves = [leaf.clone().requires_grad_() if leaf.is_floating_point() else leaf for leaf in samples.leaves]
+    with plain.outputs(samples.with_leaves(tuple(leaves))) as outputs:
+        inputs = [leaf for leaf in leaves if leaf.requires_grad]
+        first = outputs[:1].sum()
+        gradients = torch.autograd.grad(first, inputs, allow_unused=True) if inputs and first.requires_grad else ()
+    return not any(g is not None and bool(g[1].any()) for g in gradients)
+
+
+class _Answers(TorchFunctionMode):
+    """While active, note the values of tensors that become numbers of Python's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        """Do anything as always."""
+        result = func(*args, **(kwargs or {}))
+        if not isinstance(result, Tensor) and func in _QUESTIONS:
+            self.answers.append(result)
+        return result
+
+
+_QUESTIONS = {Tensor.__bool__, Tensor.__int__, Tensor.__index__, Tensor.__float__, Tensor.item, Tensor.tolist}
 
 
 def agree(found: Tensor, expected: Tensor, double: float, single: float) -> bool:
-    """Whether two results agree to a tolerance for their precision, over the largest; nothing is compared with what is not finite."""
+    """Whether results agree to a tolerance for their precision, over the largest; where one should be infinite, any do."""
     if found.shape != expected.shape or (torch.isfinite(expected) & ~torch.isfinite(found)).any():
         return False
     finite = torch.isfinite(found) & torch.isfinite(expected)

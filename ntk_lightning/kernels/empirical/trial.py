@@ -100,10 +100,11 @@ def choose_products(rows: Rows, inputs: list[Inputs]) -> Rows:
     if not isinstance(rows, GradientRows):
         return rows
     found = _known[rows.function.net][_key(rows.function, inputs)]
-    if found.products is None:
-        found.products = _try_products(rows, _two(inputs))
-    if found.products == "one by one":
-        return OneByOneRows(PlainNetwork(rows.function), found.num_outputs, found.nbytes)
+    if found.products != "forward":
+        plain = OneByOneRows(PlainNetwork(rows.function), found.num_outputs, found.nbytes)
+        found.products = found.products or _try_products(rows, plain, _two(inputs))
+        if found.products == "one by one":
+            return plain
     rows.forward_mode = found.products == "forward"
     return rows
 
@@ -174,24 +175,25 @@ def _try(plain: PlainNetwork, samples: Inputs) -> _Found:
     return _Found("one by one", num_outputs=again.numel(), nbytes=meter.nbytes)
 
 
-def _try_products(rows: GradientRows, samples: Inputs) -> _Way:
-    """Compare J d with J^T u of reverse mode, on random d and u."""
+def _try_products(rows: GradientRows, plain: OneByOneRows, samples: Inputs) -> _Way:
+    """Compare J^T u and J d with J^T u of plain autograd, on random u and d."""
     direction = {name: _random(weight) for name, weight in rows.trainable.items()}
     cotangent = _random(rows.cotangents.new_empty(len(samples), rows.num_outputs))
-    gradient = rows.vjp(samples, cotangent)
+    gradient = plain.vjp(samples, cotangent)
     ways: tuple[_Way, ...] = ("forward", "reverse")
     for way in ways:
-        rows.forward_mode = way == "forward"
-        watch = ForwardModeWatch()
+        rows.forward_mode, watch = way == "forward", ForwardModeWatch()
         try:
+            pulled = rows.vjp(samples, cotangent)
             with watch if way == "forward" else nullcontext():
                 product = rows.jvp(samples, direction, None)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # an operation without this derivative, in whatever way it says so
-            _log.info("%s has no derivative by %s mode: %s", type(rows.function.net).__name__, way, error)
+            _log.info("%s has no products by %s mode: %s", type(rows.function.net).__name__, way, error)
             continue
-        if watch.found is None and is_adjoint(direction, product, cotangent, gradient):
+        same = all(agree(pulled[name], expected, 1e-9, 1e-3) for name, expected in gradient.items())
+        if same and watch.found is None and is_adjoint(direction, product, cotangent, gradient):
             return way
     return "one by one"
 
