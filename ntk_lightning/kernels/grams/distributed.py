@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, distributed
 
 from ntk_lightning.kernels.checks import check_inputs
+from ntk_lightning.kernels.grams.agreement import agree_on_kernel, agree_on_tensors
 
 __all__ = ["gather_or_raise", "place", "sharded_gram", "sharded_gram_and_cross", "swap"]
 
@@ -21,8 +22,8 @@ def sharded_gram(
     """Compute a Gram on all ranks of the default process group together.
 
     Every rank computes a block of rows; of a symmetric Gram only its upper half, in blocks of equal area.
-    Call it on every rank, with the same inputs and kernel. An error on one rank ends the call on all, with one of its
-    kind.
+    Call it on every rank, with the same inputs and kernel, which checksums compare; a kernel that is an ``nn.Module``
+    takes the buffers of rank zero. An error on one rank ends the call on all, with one of its kind.
 
     Args:
         kernel: Maps (n1, ...), (n2, ...) to (n1, n2), or (n1, ...) alone to its symmetric Gram.
@@ -35,7 +36,7 @@ def sharded_gram(
 
     Raises:
         TypeError: An input is not a floating-point tensor.
-        ValueError: Inputs are malformed.
+        ValueError: Inputs are malformed, or differ between ranks, or the kernel's parameters do.
         FloatingPointError: The kernel is not finite.
 
     Example:
@@ -50,6 +51,7 @@ def sharded_gram(
         return kernel(x1, progress=progress) if x2 is None else kernel(x1, x2, progress=progress)
     if x2 is None:
         return sharded_gram_and_cross(kernel, x1, progress=progress)[0]
+    _agree(kernel, x1, x2)
     rows = slice(*(round(len(x1) * r / ranks) for r in (rank, rank + 1)))
 
     def pieces() -> list[_Piece]:
@@ -65,7 +67,7 @@ def sharded_gram_and_cross(
     """Compute the Gram of a training set and the kernels of test sets with it on all ranks together.
 
     Every rank computes a block of columns, of the Gram only the lower half; all blocks have equal area. Call it on
-    every rank, with the same inputs and kernel. An error on one rank ends the call on all, with one of its kind.
+    every rank, with the same inputs and kernel, as :func:`sharded_gram`.
 
     Args:
         kernel: As for :func:`sharded_gram`. Its method ``gram_and_cross`` is used where it has one.
@@ -78,7 +80,7 @@ def sharded_gram_and_cross(
 
     Raises:
         TypeError: An input is not a floating-point tensor.
-        ValueError: Inputs are malformed.
+        ValueError: Inputs are malformed, or differ between ranks, or the kernel's parameters do.
         FloatingPointError: The kernel is not finite.
     """
     rank, ranks = place()
@@ -92,6 +94,7 @@ def sharded_gram_and_cross(
 
     if ranks == 1:
         return columns(x_train, *x_tests)
+    _agree(kernel, x_train, *x_tests)
     n = len(x_train)
 
     def pieces() -> list[_Piece]:
@@ -113,6 +116,15 @@ def sharded_gram_and_cross(
         return found + [(i, slice(None), here, block) for i, block in enumerate(blocks, 1)]
 
     return _exchange(pieces, [(len(x), n) for x in (x_train, *x_tests)], x_train.device)
+
+
+def _agree(kernel: Callable[..., Any], *inputs: Tensor) -> None:
+    """Raise on all ranks where they have not one kernel and the same inputs, before anything is computed."""
+    agree_on_tensors(
+        {f"inputs {i}": x for i, x in enumerate(inputs, 1) if isinstance(x, Tensor)},
+        "every process must pass the same samples in the same order, so seed whatever draws or splits them.",
+    )
+    agree_on_kernel(kernel)
 
 
 def _exchange(
