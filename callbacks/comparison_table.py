@@ -20,14 +20,17 @@ class ComparisonTable(Callback):
     :class:`~ntk_lightning.callbacks.InfiniteNTKFit` have it.
     """
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table and say where the results lie."""
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Print the table and say where the results lie, when all callbacks have measured the end of the run."""
+        if stage != "fit":
+            return
         arms = [arm for callback in trainer.callbacks for arm in getattr(callback, "arms", list)()]  # type: ignore[attr-defined]  # callbacks exists
         log_table(trainer, "comparison", [arm.row() for arm in arms])
         if trainer.is_global_zero and arms:
             console = Console(width=None if Console().is_terminal else 110)
             console.print(comparison_table(arms))
-            console.print(f"Tables and pictures: {run_folder(trainer)}", soft_wrap=True)
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside the class
+                console.print(f"Tables and pictures: {run_folder(trainer)}", soft_wrap=True)
 
 
 def comparison_table(arms: list[Arm]) -> Table:

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from ntk_lightning.datamodules.base import has_set, samples_of
-from ntk_lightning.kernels.empirical.empirical_ntk import EmpiricalNTK
+from ntk_lightning.kernels.empirical.evaluation import evaluation_ntk
 from ntk_lightning.modules.base import NTKModule
 from ntk_lightning.modules.taylor_expansion import taylor_expansion
 from ntk_lightning.optim import OptimizerConfig, warn_above_critical
@@ -78,8 +78,9 @@ class LinearizedNetwork(NTKModule):
         if self.order > 1 or not self.trainer.is_global_zero or not has_set(self.trainer, "train"):
             return
         x = samples_of(self.trainer, "train").x[:_PROBE].to(self.device, cast(torch.dtype, self.dtype))
-        net = copy.deepcopy(self.net).eval()
-        for name in self._names:
+        net = copy.deepcopy(self.net)
+        for name in self._names:  # the kernel's parameters are those that require gradients
             net.get_parameter(name).requires_grad_(True)
+        kernel = evaluation_ntk(net)
         with isolate_rng(), torch.no_grad():
-            warn_above_critical(EmpiricalNTK(net)(x), [self.optimizer_config], net(x[:1]).numel())
+            warn_above_critical(kernel(x), [self.optimizer_config], kernel.net(x[:1]).numel())

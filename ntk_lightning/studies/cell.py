@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ntk_lightning.callbacks import AfterKernel, EmpiricalNTKDynamics, OptimalEarlyStopping, StopAtTrainError
 from ntk_lightning.callbacks.nested_fits import Arm, fit_nested
 from ntk_lightning.datamodules.base import ImageDataModule
-from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK
+from ntk_lightning.kernels import InfiniteNTK
+from ntk_lightning.kernels.empirical.evaluation import evaluation_ntk
 from ntk_lightning.kernels.grams.infinite_grams import infinite_grams
 from ntk_lightning.kernels.infinite.infinite_ntk import Kind
 from ntk_lightning.modules import FiniteNetwork, LinearizedNetwork
@@ -112,7 +113,7 @@ def _fit_kernel(cell: Cell, net: nn.Sequential, data: ImageDataModule, grams: Pa
     evaluation = dict(zip(("test", "val"), others, strict=False))
     gram_and_cross: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
     if cell.model == "empirical":
-        gram_and_cross = partial(EmpiricalNTK(net.to(device), memory=memory).gram_and_cross, progress=progress)
+        gram_and_cross = partial(evaluation_ntk(net.to(device), memory).gram_and_cross, progress=progress)
     else:
         kind: Kind = "nngp" if cell.model == "nngp" else "ntk"
         gram_and_cross = infinite_grams(InfiniteNTK(net, kind), grams, progress=progress)
