@@ -105,7 +105,7 @@ class AfterKernel(SameSteps):
         self._total = None
         shared_extraction(trainer).ended = True
         self._arms.clear()
-        step, keys = steps_of(trainer).count, {"train": "after_kernel", "fresh": "after_kernel_fresh"}
+        step, keys = steps_of(trainer).taken(trainer), {"train": "after_kernel", "fresh": "after_kernel_fresh"}
         metrics: dict[str, float] = {}
         with isolate_rng():
             for split, sizes in self._sizes(trainer).items():
@@ -128,7 +128,7 @@ class AfterKernel(SameSteps):
     def _fit(self, trainer: Trainer, pl_module: LightningModule, split: str, sizes: list[int]) -> dict[int, KernelFit]:
         optimizer, between = run_config(trainer, pl_module, self.optimizer), epochs_between_validations(trainer)
         if split == "train":
-            shared = shared_extraction(trainer).extract(trainer, pl_module, self, steps_of(trainer).count)
+            shared = shared_extraction(trainer).extract(trainer, pl_module, self, steps_of(trainer).taken(trainer))
             assert shared.cross is not None, "kernel_need asks for the evaluation sets"
             given = shared.gram, shared.cross, shared.train, shared.evaluation, optimizer, between
             return {n: fit_first(n, *given) for n in sizes}

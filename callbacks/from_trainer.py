@@ -172,7 +172,7 @@ def run_config(trainer: Trainer, module: LightningModule, optimizer: OptimizerCo
 
     Raises:
         TypeError: There is no config to take.
-        ValueError: The run has no end that the fits could share, or takes other steps than the fits would.
+        ValueError: The run has no end that the fits could share.
     """
     if optimizer is not None:
         return optimizer
@@ -185,11 +185,6 @@ def run_config(trainer: Trainer, module: LightningModule, optimizer: OptimizerCo
     epochs, steps = trainer.max_epochs, trainer.max_steps
     if steps == -1 and (epochs is None or epochs == -1):
         raise ValueError("The Trainer never ends: set max_epochs or max_steps, or give the callback its own optimizer.")
-    if changed := trainer_options(trainer):
-        raise ValueError(
-            f"Kernel fits take the plain steps of the optimizer config, but the Trainer has {', '.join(changed)}: "
-            "leave that out (batch_size and n_train do the like), or give the callback its own optimizer."
-        )
     return replace(config, epochs=epochs if epochs and epochs > 0 else 1, steps=None if steps == -1 else steps)
 
 

@@ -100,7 +100,7 @@ class InfiniteNTKFit(SameSteps):
         table = self.named(self.table)
         log_table(trainer, table, [arm.row() for arm in self._arms])
         metrics = {f"{table}/test_error_{arm.n}": arm.optimal_error for arm in self._arms}
-        log_metrics(trainer, metrics, steps_of(trainer).count)
+        log_metrics(trainer, metrics, steps_of(trainer).taken(trainer))
 
     def arms(self) -> list[Arm]:
         """Summarize the fits."""

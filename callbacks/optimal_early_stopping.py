@@ -53,7 +53,7 @@ class OptimalEarlyStopping(NamedCallback):
         super().on_train_start(trainer, pl_module)
         steps_of(trainer).start(trainer, pl_module, self._resumed)
         self._resumed = None
-        if steps_of(trainer).count == 0:
+        if steps_of(trainer).taken(trainer) == 0:
             self.rows = []
 
     def on_train_batch_end(
@@ -61,7 +61,7 @@ class OptimalEarlyStopping(NamedCallback):
     ) -> None:
         """Count the batch as a step, if it was one."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._taken = steps_of(trainer).count
+        self._taken = steps_of(trainer).taken(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the errors of this validation."""
@@ -75,7 +75,7 @@ class OptimalEarlyStopping(NamedCallback):
         monitors = {"test_error": self.monitor, "test_loss": self.loss_monitor, "val_error": self.validation_monitor}
         logged = {column: trainer.callback_metrics.get(name) for column, name in monitors.items()}
         values = {column: None if value is None else float(value) for column, value in logged.items()}
-        self.rows.append({"step": steps_of(trainer).count, **values})
+        self.rows.append({"step": steps_of(trainer).taken(trainer), **values})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the three errors and keep the curve."""
@@ -86,7 +86,7 @@ class OptimalEarlyStopping(NamedCallback):
             metrics = {f"{group}/optimal_error": arm.optimal_error, f"{group}/last_error": arm.last_error}
             if arm.validated_error is not None:
                 metrics[f"{group}/validated_error"] = arm.validated_error
-            log_metrics(trainer, metrics, steps_of(trainer).count)
+            log_metrics(trainer, metrics, steps_of(trainer).taken(trainer))
         log_table(trainer, self.named(self.table), self.rows)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

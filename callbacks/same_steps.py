@@ -45,6 +45,12 @@ class SameSteps(NamedCallback):
         if stage == "fit":
             _WATCHED[trainer] = _Watch()
             run_config(trainer, pl_module, self.optimizer)
+            if self.optimizer is None and (changed := trainer_options(trainer)):
+                raise ValueError(
+                    "Kernel fits take the plain steps of the optimizer config, but the Trainer has "
+                    f"{', '.join(changed)}: leave that out (batch_size and n_train do the like), or give the callback "
+                    "its own optimizer."
+                )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse an optimizer, a schedule or hooks that change the steps."""
@@ -157,9 +163,9 @@ class _Watch:
     def depart(self, trainer: Trainer, found: list[str]) -> None:
         """Warn, once in a run, that it does not take the steps of its config."""
         if self.departed_at is None:
-            self.departed_at = steps_of(trainer).count or trainer.global_step
+            self.departed_at = steps_of(trainer).taken(trainer)
             rank_zero_warn(
-                f"After step {self.departed_at} the run does not take the plain SGD steps of its optimizer config: "
+                f"At step {self.departed_at} the run does not take the plain SGD steps of its optimizer config: "
                 f"{'; '.join(found)}. The kernel fits do, so that they and the network are not trained alike; tables "
                 "say so. Give the callback its own optimizer=OptimizerConfig(...) to choose its steps yourself."
             )

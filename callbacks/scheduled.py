@@ -104,7 +104,7 @@ class ScheduledCallback(NamedCallback, ABC):
         self._steps = steps_to_measure(int(total), self.every_n_batches, self.log_spaced, self.at)
         steps_of(trainer).start(trainer, pl_module, self._resumed)
         shared_extraction(trainer).ended = False
-        self._taken, self._resumed, self._weights = steps_of(trainer).count, None, None
+        self._taken, self._resumed, self._weights = steps_of(trainer).taken(trainer), None, None
         if self._taken == 0:
             self.rows = []
             self._measure(trainer, pl_module)
@@ -119,7 +119,7 @@ class ScheduledCallback(NamedCallback, ABC):
     ) -> None:
         """Measure where the schedule says so."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._taken = steps_of(trainer).count
+        self._taken = steps_of(trainer).taken(trainer)
         if self._taken and self.due(self._taken):
             self._measure(trainer, pl_module)
 
@@ -127,7 +127,7 @@ class ScheduledCallback(NamedCallback, ABC):
         """Measure the last step, wherever the run stopped, after every hook that changes the weights at the end."""
         if not self._steps:  # nothing has been trained
             return
-        step, shared = steps_of(trainer).count, shared_extraction(trainer)
+        step, shared = steps_of(trainer).taken(trainer), shared_extraction(trainer)
         shared.ended = True
         measured = self.rows and self.rows[-1]["step"] >= step and self._weights is not None
         if measured and not on_all_ranks(self._weights == weights_of(network(pl_module, self.network))):
@@ -165,7 +165,7 @@ class ScheduledCallback(NamedCallback, ABC):
         self._before_last = {name: copy.copy(value) for name, value in self.state_dict().items()}
         with isolate_rng():
             try:
-                self.measure(trainer, pl_module, steps_of(trainer).count)
+                self.measure(trainer, pl_module, steps_of(trainer).taken(trainer))
             except FloatingPointError as error:
                 rank_zero_warn(f"{type(self).__name__} leaves out steps at which there is no kernel. {error}")
         self._weights = weights_of(network(pl_module, self.network))

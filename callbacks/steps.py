@@ -20,7 +20,7 @@ class StepCounter:
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self._count = 0  # in manual optimization
         self._batch = -1  # number of the batch that was counted last
         self._global_step = 0
         self._versions = 0  # of the weights: every write in place raises them
@@ -37,14 +37,25 @@ class StepCounter:
             resumed: The count that a checkpoint holds, None without one.
         """
         automatic = module.automatic_optimization
-        if resumed is not None and not automatic:
-            self.count = resumed
-        elif automatic or not self._started:
-            self.count = trainer.global_step
+        if resumed is not None:
+            self._count = resumed
+        elif not self._started:
+            self._count = trainer.global_step
         self._started = True
         self._batch, self._global_step = trainer.fit_loop.total_batch_idx, trainer.global_step
         self._versions = _versions(module)
         self._checksum = None if automatic else _checksum(module)
+
+    def taken(self, trainer: Trainer) -> int:
+        """Count the steps so far.
+
+        Args:
+            trainer: Trainer of the run.
+
+        Returns:
+            Training batches with a step.
+        """
+        return trainer.global_step if trainer.lightning_module.automatic_optimization else self._count
 
     def end_batch(self, trainer: Trainer, module: LightningModule) -> None:
         """Count the batch that has ended; every callback of the run may call it, the first call counts.
@@ -53,12 +64,9 @@ class StepCounter:
             trainer: Trainer in training.
             module: Module that is trained.
         """
-        if self._batch == trainer.fit_loop.total_batch_idx:
+        if module.automatic_optimization or self._batch == trainer.fit_loop.total_batch_idx:
             return
         self._batch = trainer.fit_loop.total_batch_idx
-        if module.automatic_optimization:
-            self.count = trainer.global_step
-            return
         versions = _versions(module)
         stepped = trainer.global_step != self._global_step or versions != self._versions
         if stepped:
@@ -67,13 +75,13 @@ class StepCounter:
             before, self._checksum = self._checksum, _checksum(module)
             stepped = self._checksum != before
         self._global_step, self._versions = trainer.global_step, versions
-        self.count += stepped
-        if stepped and trainer.global_step != self.count and not self._told:
+        self._count += stepped
+        if stepped and trainer.global_step != self._count and not self._told:
             self._told = True
             rank_zero_warn(
-                f"Lightning counts {trainer.global_step} optimizer steps after {self.count} training batches with one, "
-                "by manual optimization: the steps of kernel callbacks are those batches, and the kernel fits beside "
-                "them take one step a batch."
+                f"Lightning counts {trainer.global_step} optimizer steps after {self._count} training batches with "
+                "one, by manual optimization: the steps of kernel callbacks are those batches, and the kernel fits "
+                "beside them take one step a batch."
             )
 
 
