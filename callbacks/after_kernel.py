@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -20,12 +19,14 @@ from ntk_lightning.callbacks.from_trainer import (
     run_config,
     samples,
 )
-from ntk_lightning.callbacks.nested_fits import Arm, check_sizes, fit_first, fit_nested
+from ntk_lightning.callbacks.model_errors import ModelErrors
+from ntk_lightning.callbacks.nested_fits import check_sizes, fit_nested
 from ntk_lightning.callbacks.run_output import log_metrics, log_table
 from ntk_lightning.callbacks.same_steps import SameSteps
 from ntk_lightning.callbacks.steps import steps_of
 from ntk_lightning.datamodules.base import has_set, samples_of
-from ntk_lightning.kernels.grams.distributed import sharded_gram_and_cross
+from ntk_lightning.kernels.grams.distributed import distributed_gram_and_cross
+from ntk_lightning.kernels.grams.gram_and_cross import gram_and_cross
 from ntk_lightning.optim import OptimizerConfig
 from ntk_lightning.solvers import KernelFit
 
@@ -65,7 +66,7 @@ class AfterKernel(SameSteps):
         super().__init__(name)
         self.sizes, self.fresh, self.optimizer = fit_sizes, fresh, optimizer
         self.network, self.memory = network, memory
-        self._arms: list[Arm] = []
+        self._models: list[ModelErrors] = []
         self._total: float | None = None  # steps of the run; None while nothing is trained
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -104,7 +105,7 @@ class AfterKernel(SameSteps):
             return
         self._total = None
         shared_extraction(trainer).ended = True
-        self._arms.clear()
+        self._models.clear()
         step, keys = steps_of(trainer).taken(trainer), {"train": "after_kernel", "fresh": "after_kernel_fresh"}
         metrics: dict[str, float] = {}
         with isolate_rng():
@@ -115,27 +116,27 @@ class AfterKernel(SameSteps):
                     rank_zero_warn(f"There is no after-kernel. {error}")
                     continue
                 model = "after-kernel, fresh samples" if split == "fresh" else "after-kernel"
-                arms = [Arm.of_fit(self.compared_name(trainer, model), n, fit) for n, fit in fits.items()]
-                metrics |= {f"{self.named(keys[split])}/test_error_{arm.n}": arm.optimal_error for arm in arms}
-                self._arms += arms
-        log_table(trainer, self.named(self.table), [arm.row() for arm in self._arms])
+                models = [ModelErrors.of_fit(self.compared_name(trainer, model), n, fit) for n, fit in fits.items()]
+                metrics |= {f"{self.named(keys[split])}/test_error_{each.n}": each.optimal_error for each in models}
+                self._models += models
+        log_table(trainer, self.named(self.table), [each.row() for each in self._models])
         log_metrics(trainer, metrics, step)
 
-    def arms(self) -> list[Arm]:
+    def model_errors(self) -> list[ModelErrors]:
         """Summarize the fits."""
-        return self._arms
+        return self._models
 
     def _fit(self, trainer: Trainer, pl_module: LightningModule, split: str, sizes: list[int]) -> dict[int, KernelFit]:
         optimizer, between = run_config(trainer, pl_module, self.optimizer), epochs_between_validations(trainer)
         if split == "train":
-            shared = shared_extraction(trainer).extract(trainer, pl_module, self, steps_of(trainer).taken(trainer))
-            assert shared.cross is not None, "kernel_need asks for the evaluation sets"
-            given = shared.gram, shared.cross, shared.train, shared.evaluation, optimizer, between
-            return {n: fit_first(n, *given) for n in sizes}
+            step = steps_of(trainer).taken(trainer)
+            problem = shared_extraction(trainer).extract(trainer, pl_module, self, step).problem
+            return {n: problem.sgd(n, optimizer, epochs_between=between) for n in sizes}
         kernel = evaluation_kernel(trainer, pl_module, self.network, self.memory)
         outputs = count_outputs(trainer, kernel.net)
         fresh, evaluation = samples(trainer, split, outputs), evaluation_sets(trainer, outputs)
-        return fit_nested(partial(sharded_gram_and_cross, kernel), fresh, evaluation, optimizer, sizes, between)
+        grams = distributed_gram_and_cross(gram_and_cross(kernel))
+        return fit_nested(grams, fresh, evaluation, optimizer, sizes, between)
 
     def _sizes(self, trainer: Trainer) -> dict[str, list[int]]:
         """Sizes to fit on, by set."""

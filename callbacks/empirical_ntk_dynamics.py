@@ -16,7 +16,8 @@ from ntk_lightning.callbacks.from_trainer import (
     evaluation_sets,
     run_config,
 )
-from ntk_lightning.callbacks.nested_fits import Arm, check_sizes, fit_first
+from ntk_lightning.callbacks.model_errors import ModelErrors
+from ntk_lightning.callbacks.nested_fits import check_sizes
 from ntk_lightning.callbacks.run_output import log_figure, log_metrics, log_table
 from ntk_lightning.callbacks.same_steps import SameSteps
 from ntk_lightning.callbacks.scheduled import ScheduledCallback
@@ -83,26 +84,24 @@ class EmpiricalNTKDynamics(SameSteps, ScheduledCallback):
         """Extract and fit K^t, and measure the network beside it."""
         between, optimizer = epochs_between_validations(trainer), run_config(trainer, pl_module, self.optimizer)
         extraction = shared_extraction(trainer).extract(trainer, pl_module, self, step)
-        train, evaluation, gram = extraction.train, extraction.evaluation, extraction.gram
-        cross = extraction.cross
-        assert cross is not None, "kernel_need asks for the evaluation sets"
-        error, loss = error_and_loss_of(extraction.kernel.net, evaluation["test"])
+        problem = extraction.problem
+        error, loss = error_and_loss_of(extraction.kernel.net, extraction.evaluation["test"])
         for n in self._sizes(trainer):
-            fit = fit_first(n, gram, cross, train, evaluation, optimizer, between)
+            fit = problem.sgd(n, optimizer, epochs_between=between)
             if step == 0:  # K^0 again, measured after each step of the schedule: the linearized network
                 watched = {*fit.steps.tolist(), *(t for t in self._steps if t <= optimizer.total_steps(n))}
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # divergence, which the fit above has told
-                    followed = fit_first(n, gram, cross, train, evaluation, optimizer, steps=sorted(watched))
-                curve = Arm.of_fit("", n, followed).curve
+                    followed = problem.sgd(n, optimizer, steps=sorted(watched))
+                curve = ModelErrors.of_fit("", n, followed).curve
                 values = zip(curve["errors"], curve["losses"], strict=True)
                 self._initial[n] = dict(zip(followed.steps.tolist(), values, strict=True))
             pair = self._initial.get(n, {}).get(step, (None, None))
             initial_error, initial_loss = (None, None) if self.departed(trainer) else pair  # steps of another kind
-            arm = Arm.of_fit("empirical NTK at initialization", n, fit)
+            model = ModelErrors.of_fit("empirical NTK at initialization", n, fit)
             initial = {"initial_error": initial_error, "initial_loss": initial_loss}
-            self.rows.append({"step": step, **vars(arm), "network_error": error, "network_loss": loss, **initial})
-        metrics = {"test_error": arm.optimal_error, "last_test_error": arm.last_error, "network_test_error": error}
+            self.rows.append({"step": step, **vars(model), "network_error": error, "network_loss": loss, **initial})
+        metrics = {"test_error": model.optimal_error, "last_test_error": model.last_error, "network_test_error": error}
         group = self.named("empirical_ntk")
         log_metrics(trainer, {f"{group}/{metric}": value for metric, value in metrics.items()}, step)
 
@@ -115,10 +114,9 @@ class EmpiricalNTKDynamics(SameSteps, ScheduledCallback):
         largest = [row for row in self.rows if row["n"] == self.rows[-1]["n"]]
         log_figure(trainer, self.named(self.table), draw_dynamics(largest))
 
-    def arms(self) -> list[Arm]:
+    def model_errors(self) -> list[ModelErrors]:
         """Summarize the kernel at initialization."""
-        fields = Arm.__dataclass_fields__
-        return [Arm(**{name: row[name] for name in fields}) for row in self.rows if row["step"] == 0]
+        return [ModelErrors.of_row(row) for row in self.rows if row["step"] == 0]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows so far and the curves of K^0, for the checkpoint."""

@@ -10,16 +10,17 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
-import torch
 from lightning import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 
 from ntk_lightning.callbacks.from_trainer import count_outputs, evaluation_kernel, evaluation_sets, network, samples
+from ntk_lightning.callbacks.nested_fits import NestedProblem
 from ntk_lightning.datamodules.base import Samples
 from ntk_lightning.kernels import EmpiricalNTK
 from ntk_lightning.kernels.empirical.memory_plan import parse_bytes
 from ntk_lightning.kernels.grams.agreement import checksum, on_all_ranks
-from ntk_lightning.kernels.grams.distributed import sharded_gram, sharded_gram_and_cross
+from ntk_lightning.kernels.grams.distributed import distributed_gram_and_cross
+from ntk_lightning.kernels.grams.gram_and_cross import gram_and_cross
 
 __all__ = ["Extraction", "KernelCallback", "KernelNeed", "SharedExtraction", "shared_extraction"]
 
@@ -58,12 +59,11 @@ class KernelCallback(Protocol):
 class Extraction:
     """K^t on a run's samples."""
 
-    kernel: EmpiricalNTK  # a copy of the network, in evaluation mode
-    outputs: int
-    train: Samples
+    kernel: EmpiricalNTK  # with a copy of the network, in evaluation mode
+    problem: (
+        NestedProblem  # Grams of the first N training samples, and of the evaluation sets if any callback needs them
+    )
     evaluation: dict[str, Samples]
-    gram: Tensor  # (n, n) of the first n training samples
-    cross: Tensor | None  # (m, n), all evaluation sets in order by those
 
 
 @dataclass
@@ -182,10 +182,6 @@ def weights_of(net: nn.Module) -> int:
 def _extract(trainer: Trainer, module: LightningModule, name: str, need: KernelNeed) -> Extraction:
     kernel = evaluation_kernel(trainer, module, name, need.memory)
     outputs = count_outputs(trainer, kernel.net)
-    train = samples(trainer, "train", outputs)
-    x = train.x[: need.train]
-    if not need.evaluation:
-        return Extraction(kernel, outputs, train, {}, sharded_gram(kernel, x), None)
-    evaluation = evaluation_sets(trainer, outputs)
-    gram, cross = sharded_gram_and_cross(kernel, x, torch.cat([part.x for part in evaluation.values()]))
-    return Extraction(kernel, outputs, train, evaluation, gram, cross)
+    train, evaluation = samples(trainer, "train", outputs), evaluation_sets(trainer, outputs) if need.evaluation else {}
+    grams = distributed_gram_and_cross(gram_and_cross(kernel))
+    return Extraction(kernel, NestedProblem.compute(grams, train, evaluation, need.train), evaluation)

@@ -15,12 +15,13 @@ from ntk_lightning.callbacks.from_trainer import (
     run_config,
     samples,
 )
-from ntk_lightning.callbacks.nested_fits import Arm, check_sizes, fit_nested
+from ntk_lightning.callbacks.model_errors import ModelErrors
+from ntk_lightning.callbacks.nested_fits import check_sizes, fit_nested
 from ntk_lightning.callbacks.run_output import log_metrics, log_table
 from ntk_lightning.callbacks.same_steps import SameSteps
 from ntk_lightning.callbacks.steps import steps_of
 from ntk_lightning.kernels import InfiniteNTK, KernelStore
-from ntk_lightning.kernels.grams.infinite_grams import infinite_grams
+from ntk_lightning.kernels.grams.stored import stored_gram_and_cross
 from ntk_lightning.kernels.infinite.infinite_ntk import Backend, Kind
 from ntk_lightning.optim import OptimizerConfig
 
@@ -58,7 +59,7 @@ class InfiniteNTKFit(SameSteps):
         super().__init__(name)
         self.sizes, self.store = fit_sizes, None if store is None else Path(store)
         self.kind, self.backend, self.optimizer, self.network = kind, backend, optimizer, network
-        self._arms: list[Arm] = []
+        self._models: list[ModelErrors] = []
 
     @property
     def table(self) -> str:  # type: ignore[override]  # it depends on the kind
@@ -91,20 +92,20 @@ class InfiniteNTKFit(SameSteps):
         outputs = count_outputs(trainer, network(pl_module, self.network))
         between = epochs_between_validations(trainer)
         train = samples(trainer, "train", outputs)
-        grams = infinite_grams(self._kernel(pl_module), self._store(trainer))
+        grams = stored_gram_and_cross(self._kernel(pl_module), self._store(trainer))
         sizes = check_sizes(self.sizes, len(train), "training")
         optimizer = run_config(trainer, pl_module, self.optimizer)
         fits = fit_nested(grams, train, evaluation_sets(trainer, outputs), optimizer, sizes, between)
         model = self.compared_name(trainer, "infinite NTK" if self.kind == "ntk" else "NNGP")
-        self._arms = [Arm.of_fit(model, n, fit) for n, fit in fits.items()]
+        self._models = [ModelErrors.of_fit(model, n, fit) for n, fit in fits.items()]
         table = self.named(self.table)
-        log_table(trainer, table, [arm.row() for arm in self._arms])
-        metrics = {f"{table}/test_error_{arm.n}": arm.optimal_error for arm in self._arms}
+        log_table(trainer, table, [each.row() for each in self._models])
+        metrics = {f"{table}/test_error_{each.n}": each.optimal_error for each in self._models}
         log_metrics(trainer, metrics, steps_of(trainer).taken(trainer))
 
-    def arms(self) -> list[Arm]:
+    def model_errors(self) -> list[ModelErrors]:
         """Summarize the fits."""
-        return self._arms
+        return self._models
 
     def _store(self, trainer: Trainer) -> Path | None:
         return None if trainer.fast_dev_run else self.store  # type: ignore[attr-defined]  # set outside the class

@@ -85,10 +85,9 @@ class KernelDiagnostics(ScheduledCallback):
 
     def measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """Extract K^t on the probe set and take its measures."""
-        extraction = shared_extraction(trainer).extract(trainer, pl_module, self, step)
+        problem = shared_extraction(trainer).extract(trainer, pl_module, self, step).problem
         # a corner of the shared Gram, copied: the callback keeps it until the next step
-        gram = extraction.gram[: self.probe_size, : self.probe_size].clone()
-        y = extraction.train.y[: self.probe_size]
+        gram, y = problem.gram[: self.probe_size, : self.probe_size].clone(), problem.targets[: self.probe_size]
         initial = self._initial.to(gram) if self.rows and self._initial is not None else gram
         row: dict[str, Any] = {
             "step": step,

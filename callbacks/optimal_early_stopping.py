@@ -8,8 +8,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from ntk_lightning.callbacks.model_errors import ModelErrors
 from ntk_lightning.callbacks.named import NamedCallback
-from ntk_lightning.callbacks.nested_fits import Arm
 from ntk_lightning.callbacks.run_output import log_metrics, log_table
 from ntk_lightning.callbacks.steps import steps_of
 from ntk_lightning.datamodules.base import has_set, samples_of
@@ -81,11 +81,11 @@ class OptimalEarlyStopping(NamedCallback):
         """Log the three errors and keep the curve."""
         self._label = getattr(pl_module, "label", type(pl_module).__name__)
         self._n = len(samples_of(trainer, "train")) if has_set(trainer, "train") else 0
-        for arm in self.arms():
+        for model in self.model_errors():
             group = self.named("test")
-            metrics = {f"{group}/optimal_error": arm.optimal_error, f"{group}/last_error": arm.last_error}
-            if arm.validated_error is not None:
-                metrics[f"{group}/validated_error"] = arm.validated_error
+            metrics = {f"{group}/optimal_error": model.optimal_error, f"{group}/last_error": model.last_error}
+            if model.validated_error is not None:
+                metrics[f"{group}/validated_error"] = model.validated_error
             log_metrics(trainer, metrics, steps_of(trainer).taken(trainer))
         log_table(trainer, self.named(self.table), self.rows)
 
@@ -96,7 +96,7 @@ class OptimalEarlyStopping(NamedCallback):
         except OSError as error:
             rank_zero_warn(str(error))  # the exception that ended the run is the one to raise
 
-    def arms(self) -> list[Arm]:
+    def model_errors(self) -> list[ModelErrors]:
         """Summarize the trained model."""
         if not self.rows:
             return []
@@ -106,7 +106,7 @@ class OptimalEarlyStopping(NamedCallback):
         columns = {"steps": "step", "errors": "test_error", "losses": "test_loss"}
         curve = {name: [row[column] for row in self.rows] for name, column in columns.items()}
         return [
-            Arm(
+            ModelErrors(
                 self.model_name(self._label),
                 self._n,
                 best["test_error"],

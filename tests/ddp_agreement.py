@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ntk_lightning.callbacks import AfterKernel, EmpiricalNTKDynamics, InfiniteNTKFit, KernelDiagnostics
 from ntk_lightning.datamodules import Samples
 from ntk_lightning.kernels import EmpiricalNTK
-from ntk_lightning.kernels.grams.distributed import sharded_gram, sharded_gram_and_cross
+from ntk_lightning.kernels.grams.distributed import distributed_gram, distributed_gram_and_cross
 from ntk_lightning.networks import MLP
 from ntk_lightning.optim import OptimizerConfig
 
@@ -190,9 +190,9 @@ if __name__ == "__main__":
     found["sharded, other inputs"] = told(lambda: same.sharded(other))
     found["sharded, other sizes"] = told(lambda: same.sharded(x[: 6 - rank]))
     found["sharded, other second inputs"] = told(lambda: same.sharded(x, other))
-    found["sharded, other test inputs"] = told(lambda: sharded_gram_and_cross(same, x, other))
+    found["sharded, other test inputs"] = told(lambda: distributed_gram_and_cross(same.gram_and_cross)(x, other))
     found["sharded, a function"] = told(
-        lambda: sharded_gram(lambda a, b=None, progress=False: a @ (a if b is None else b).T, other)
+        lambda: distributed_gram(lambda a, b=None, progress=False: a @ (a if b is None else b).T, other)
     )  # type: ignore[misc]
     rounded = x * (1 + 1e-7 * rank)
     found["sharded, rounding"] = told(lambda: same.sharded(rounded))

@@ -29,7 +29,7 @@ from torch.distributed.run import get_args_parser
 
 from ntk_lightning.cli import main
 from ntk_lightning.scaling import fit_power_law
-from ntk_lightning.studies.config import read_config
+from ntk_lightning.studies.config_yaml import read_config
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -193,7 +193,7 @@ def test_formulas_are_mathml(site: Path) -> None:
 
 
 def test_public_names_are_in_the_reference(site: Path) -> None:
-    for package in ("networks", "kernels", "modules", "solvers", "callbacks", "datamodules", "scaling"):
+    for package in ("networks", "kernels", "modules", "solvers", "callbacks", "datamodules", "scaling", "studies"):
         text = html(site, f"api/{package}.md")
         for name in __import__(f"ntk_lightning.{package}", fromlist=["*"]).__all__:
             assert re.search(rf'id="ntk_lightning\.{package}(\.\w+)?\.{name}"', text), name
@@ -208,9 +208,9 @@ def test_reference_lists_no_hook_and_no_name_twice(site: Path) -> None:
             name for name in headings[page] if re.search(r"\.(on_\w+|setup|teardown|(load_)?state_dict|_\w*)$", name)
         ]
         assert not hooks
-    names = [name.rsplit(".", 1)[1] for name in headings["api/scaling.md"] if name.rsplit(".", 1)[1][0].isupper()]
+    names = [name.rsplit(".", 1)[1] for name in headings["api/studies.md"] if name.rsplit(".", 1)[1][0].isupper()]
     assert len(names) == len(set(names))
-    assert {"Series", "Cell"} <= set(names)
+    assert {"Line", "Cell"} <= set(names)
 
 
 def rows(text: str) -> list[list[str]]:

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK
 from ntk_lightning.kernels.empirical.gradients import GradientRows
+from ntk_lightning.kernels.empirical.inputs import Inputs
+from ntk_lightning.kernels.empirical.network_function import NetworkFunction
 from ntk_lightning.networks import MLP, Erf, MyrtleCNN, NTKConv2d, NTKLinear
 
 
@@ -167,6 +169,7 @@ def test_every_budget_gives_the_same_kernel(rows: int, full: bool) -> None:
 def test_gram_and_cross_forms_training_gradients_once(monkeypatch: pytest.MonkeyPatch) -> None:
     net, x, y = MLP(8, 2, 5), torch.randn(30, 5), torch.randn(10, 5)
     kernel, seen, fill = EmpiricalNTK(net), [], GradientRows.fill
+    kernel(x)  # tries the network once
     monkeypatch.setattr(GradientRows, "workspace", lambda self, x: len(x) * 1000)
     monkeypatch.setattr(GradientRows, "fill", lambda self, out, x: (seen.append(len(x)), fill(self, out, x)))
     k_train, k_test = kernel.gram_and_cross(x, y)
@@ -184,7 +187,8 @@ def test_layers_in_factors_equal_generic_gradients() -> None:
     x = torch.randn(6, 5, dtype=torch.float64)
     close(EmpiricalNTK(net)(x), EmpiricalNTK(generic)(x))
     names = tuple(name for name, _ in net.named_parameters())
-    widths = [GradientRows(module, names, x[:1], None, False).width for module in (net, generic)]
+    functions = [NetworkFunction(module, names, None, False, x.dtype, x.device) for module in (net, generic)]
+    widths = [GradientRows(function, Inputs.of(x[:1])).width for function in functions]
     assert widths == [sum(m.in_features + 1 + 2 * m.out_features for m in net if isinstance(m, NTKLinear)),
                       2 * sum(p.numel() for p in net.parameters())]  # fmt: skip
 

@@ -44,7 +44,7 @@ def three(memory: str = "4GB") -> dict[str, Any]:
 def results(callbacks: dict[str, Any]) -> dict[str, list[tuple[Any, ...]]]:
     found: dict[str, list[tuple[Any, ...]]] = {}
     for name, callback in callbacks.items():
-        rows = [vars(row) for row in callback.arms()] if name == "after" else callback.rows
+        rows = [vars(row) for row in callback.model_errors()] if name == "after" else callback.rows
         found[name] = [tuple(value for value in row.values() if isinstance(value, (int, float))) for row in rows]
     return found
 

@@ -171,7 +171,7 @@ def test_an_optimizer_that_is_not_the_configs_is_refused(name: str, tmp_path: Pa
 def test_an_optimizer_of_the_callback_needs_no_other(tmp_path: Path) -> None:
     after = AfterKernel(optimizer=CONFIG)
     trainer = fit(with_optimizer("Adam"), [after], tmp_path)
-    found = after.arms()[0]
+    found = after.model_errors()[0]
     assert found.name == "after-kernel"
     assert (found.optimal_error, found.last_error) == expected_fit(trainer.lightning_module.net, trainer)  # type: ignore[arg-type]
 
@@ -243,8 +243,10 @@ def test_another_loss_or_gradient_is_told_and_marked(module: Any, message: str, 
     after, dynamics = AfterKernel(), EmpiricalNTKDynamics(every_n_batches=3)
     with pytest.warns(UserWarning, match=f"At step 1 the run does not take .*{message}"):
         fit(module(), [after, dynamics], tmp_path)
-    assert [row.name for row in after.arms()] == ["after-kernel, other steps than the network"]
-    assert [row.name for row in dynamics.arms()] == ["empirical NTK at initialization, other steps than the network"]
+    assert [row.name for row in after.model_errors()] == ["after-kernel, other steps than the network"]
+    assert [row.name for row in dynamics.model_errors()] == [
+        "empirical NTK at initialization, other steps than the network"
+    ]
     assert [row["initial_error"] for row in dynamics.rows] == [1.0, None, None, None]
 
 
@@ -254,7 +256,7 @@ def test_steps_of_the_config_are_not_suspected(module: Any, tmp_path: Path) -> N
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*plain SGD steps")
         fit(module(), [after], tmp_path)
-    assert after.arms()[0].name == "after-kernel"
+    assert after.model_errors()[0].name == "after-kernel"
 
 
 class During(Callback):
@@ -286,7 +288,7 @@ def test_steps_that_change_in_mid_run_are_told_and_marked(name: str, tmp_path: P
     initial = [row["initial_error"] is None for row in dynamics.rows]
     assert initial[:4] == [False] * 4
     assert initial[-1]
-    assert after.arms()[0].name.endswith("other steps than the network")
+    assert after.model_errors()[0].name.endswith("other steps than the network")
 
 
 # --- steps in manual optimization -------------------------------------------------------------------------------------
@@ -460,7 +462,7 @@ def test_the_last_kernels_are_of_the_weights_the_run_ends_with(name: str, first:
         trainer = fit(module, [*ending, *measuring] if first else [*measuring, *ending], tmp_path)
     net = module.net
     assert isinstance(net, nn.Module)
-    for row in after.arms():
+    for row in after.model_errors():
         assert (row.optimal_error, row.last_error) == expected_fit(net, trainer, row.n)
     last, test = dynamics.rows[-1], trainer.datamodule.test_set  # type: ignore[attr-defined]
     assert (last["optimal_error"], last["last_error"]) == expected_fit(net, trainer)
@@ -483,7 +485,7 @@ def test_stochastic_weight_averaging_changes_rate_and_weights_and_both_are_told(
     module, after = FiniteNetwork(network(), CONFIG), AfterKernel()
     with pytest.warns(UserWarning, match="there is a schedule, SWALR"):
         trainer = fit(module, [after, StochasticWeightAveraging(0.01, swa_epoch_start=1)], tmp_path)
-    row = after.arms()[0]
+    row = after.model_errors()[0]
     assert (row.optimal_error, row.last_error) == expected_fit(module.net, trainer)
 
 
@@ -544,7 +546,7 @@ def test_networks_that_lightning_builds_late_are_found(module: type[Own], tmp_pa
     callbacks = [after, dynamics, KernelDiagnostics(log_spaced=2), InfiniteNTKFit(backend="reference", **own)]  # type: ignore[arg-type]
     trainer = fit(module(), callbacks, tmp_path)
     assert [row["step"] for row in dynamics.rows] == [0, 1, 9]
-    assert after.arms()[0].optimal_error == expected_fit(trainer.lightning_module.net, trainer)[0]  # type: ignore[arg-type]
+    assert after.model_errors()[0].optimal_error == expected_fit(trainer.lightning_module.net, trainer)[0]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -632,7 +634,7 @@ class Flat(Own):
 def test_layers_on_the_module_itself_are_watched_by_an_empty_name(tmp_path: Path) -> None:
     module, after = Flat(), AfterKernel(network="", optimizer=CONFIG)
     trainer = fit(module, [after], tmp_path)
-    found = after.arms()[0]
+    found = after.model_errors()[0]
     assert (found.optimal_error, found.last_error) == expected_fit(module, trainer)
     with pytest.raises(AttributeError, match='or network="" for the module itself'):
         fit(Flat(), [AfterKernel(optimizer=CONFIG)], tmp_path)

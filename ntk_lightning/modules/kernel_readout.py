@@ -12,13 +12,15 @@ from lightning import Trainer
 from torch import Tensor, nn
 
 from ntk_lightning.datamodules.base import Batch, has_set, samples_of
-from ntk_lightning.kernels.empirical.empirical_ntk import EmpiricalNTK
-from ntk_lightning.kernels.grams.distributed import sharded_gram, sharded_gram_and_cross
-from ntk_lightning.kernels.grams.infinite_grams import infinite_grams
+from ntk_lightning.kernels.grams.agreement import agree_on_kernel
+from ntk_lightning.kernels.grams.distributed import distributed_cross, distributed_gram, distributed_gram_and_cross
+from ntk_lightning.kernels.grams.gram_and_cross import JointKernel, gram_and_cross
+from ntk_lightning.kernels.grams.stored import stored_gram_and_cross
 from ntk_lightning.kernels.infinite.infinite_ntk import Backend, InfiniteNTK, Kind
 from ntk_lightning.modules.base import NTKModule
-from ntk_lightning.optim import OptimizerConfig, warn_above_critical
+from ntk_lightning.optim import OptimizerConfig
 from ntk_lightning.precision import own_precision
+from ntk_lightning.spectrum import warn_above_critical
 
 __all__ = ["InfiniteNTKReadout", "KernelReadout"]
 
@@ -122,23 +124,24 @@ class KernelReadout(NTKModule):
         splits = [split for split in ("test", "val") if has_set(self.trainer, split)]
         train, *others = (self._cast(samples_of(self.trainer, split).x.to(self.device)) for split in ("train", *splits))
         with torch.no_grad():
-            gram, *cross = self.grams(train, others)
+            gram, *cross = self.gram_and_cross(train, *others)
         self._gram = self._cast(gram)
         self._cross.update(zip(splits, map(self._cast, cross), strict=False))
 
-    def grams(self, train: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def gram_and_cross(self, train: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """Compute the Gram of the training set; an empirical kernel's rows of the others too, while it has gradients.
 
         Args:
             train: Training inputs (n, ...).
-            others: Inputs (m, ...) of the evaluation sets.
+            *others: Inputs (m, ...) of the evaluation sets.
 
         Returns:
             The Gram (n, n), and then the rows (m, n) of each set, or none.
         """
-        if isinstance(self.kernel, EmpiricalNTK):
-            return sharded_gram_and_cross(self.kernel, train, *others, progress=True)
-        return (sharded_gram(self.kernel, train, progress=True),)
+        if isinstance(self.kernel, JointKernel):
+            agree_on_kernel(self.kernel)
+            return distributed_gram_and_cross(gram_and_cross(self.kernel, progress=True))(train, *others)
+        return (distributed_gram(self.kernel, train, progress=True),)
 
     def on_train_start(self) -> None:
         """Warn where the learning rate is above the critical one of the Gram."""
@@ -169,7 +172,7 @@ class KernelReadout(NTKModule):
             return super().predict(batch, split)
         if split not in self._cross:
             others = samples_of(self.trainer, split).x.to(self.device)
-            self._cross[split] = self._cast(self._rows(partial(sharded_gram, self.kernel), others))
+            self._cross[split] = self._cast(self._rows(partial(distributed_cross, self.kernel), others))
         return self._combine(self._cross[split][batch.indices])
 
     def _rows(self, kernel: Callable[..., Tensor], x: Tensor) -> Tensor:
@@ -215,14 +218,13 @@ class InfiniteNTKReadout(KernelReadout):
     ) -> None:
         kernel = InfiniteNTK(net, kind, backend)
         super().__init__(kernel, optimizer, num_outputs)
-        self._stored = None if store is None else infinite_grams(kernel, Path(store))
+        self._stored = None if store is None else stored_gram_and_cross(kernel, Path(store))
 
-    def grams(self, train: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def gram_and_cross(self, train: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """Compute the Gram of the training set; with a store, or from it, the rows of the others too."""
         if self._stored is None or not others:
-            return super().grams(train, others)
-        gram, cross = self._stored(train, torch.cat(list(others)))
-        return gram, *torch.split(cross, [len(x) for x in others])
+            return super().gram_and_cross(train, *others)
+        return self._stored(train, *others)
 
 
 def _has_transform(trainer: Trainer) -> bool:
