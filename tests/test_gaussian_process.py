@@ -8,9 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 from torch.distributions import MultivariateNormal
+from torch.func import functional_call, stack_module_state, vmap
 
+from ntk_lightning.kernels import InfiniteNTK
+from ntk_lightning.networks import MLP, Erf
 from ntk_lightning.solvers import (
     GaussianPrediction,
     KernelBlocks,
@@ -228,6 +232,55 @@ def test_log_marginal_likelihood_is_the_density() -> None:
         assert log_marginal_likelihood(gram, y[:, 0], noise) == pytest.approx(float(density.log_prob(y[:, 0])))
     with pytest.raises(ValueError, match="singular to rounding"):
         log_marginal_likelihood(torch.ones(3, 3), torch.ones(3))
+
+
+def departures(functions: Tensor, prediction: GaussianPrediction) -> dict[str, float]:
+    """How far samples (s, m) are from a Gaussian: each entry is a distance in its own standard errors, at most."""
+    count, size = functions.shape
+    covariance, deviation = prediction.covariance, prediction.standard_deviation
+    offset = functions.mean(0) - prediction.mean
+    distance = float(count * offset @ torch.linalg.solve(covariance, offset))  # chi^2 with `size` degrees of freedom
+    variances = covariance.diagonal()[:, None] * covariance.diagonal() + covariance.square()
+    found = {
+        "mean": float(stats.norm.isf(stats.chi2.sf(distance, size) / 2)),
+        "covariance": float(((functions.T.cov() - covariance) / (variances / (count - 1)).sqrt()).abs().max()),
+    }
+    for level in (0.5, 0.8, 0.95):  # per test point: binomial
+        inside = (functions - prediction.mean).abs() <= stats.norm.isf((1 - level) / 2) * deviation
+        errors = (inside.double().mean(0) - level) / (level * (1 - level) / count) ** 0.5
+        found[f"coverage {level}"] = float(errors.abs().max())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("depth", "width"),
+    [pytest.param(1, 1024, marks=pytest.mark.slow), pytest.param(2, 256, marks=[pytest.mark.slow, pytest.mark.ci])],
+)
+def test_ensemble_of_trained_networks_has_the_predicted_mean_covariance_and_bands(depth: int, width: int) -> None:
+    torch.manual_seed(100)
+    x, x_test = torch.randn(6, 3).double(), torch.randn(5, 3).double()
+    y = 0.7 * x[:, 0].sign()
+    nets = [MLP(width, depth, 3, Erf, weight_std=1.5, bias_std=0.3).double() for _ in range(200)]
+    blocks = {}
+    for kind in ("nngp", "ntk"):
+        kernel = InfiniteNTK(nets[0], kind)  # type: ignore[arg-type]  # one of its two
+        blocks[kind] = KernelBlocks(kernel(x), kernel(x_test, x), kernel(x_test))
+    weights, _ = stack_module_state(nets)  # type: ignore[arg-type]  # a list of one class
+    outputs = vmap(lambda one, inputs: functional_call(nets[0], one, (inputs,))[:, 0], (0, None))
+    lr = 0.5 / float(torch.linalg.eigvalsh(blocks["ntk"].train)[-1])
+    sgd = torch.optim.SGD(weights.values(), lr)
+    predictions = {step: ntk_ensemble(blocks["nngp"], blocks["ntk"], y, lr * step) for step in (0, 10, 100)}
+    for step in range(101):
+        if step in predictions:
+            functions = outputs(weights, x_test).detach()
+            found = departures(functions, predictions[step])
+            print(f"depth {depth}, width {width}, step {step}, in standard errors: {found}")
+            assert max(found.values()) < 4
+            for other in predictions.keys() - {step}:  # so many networks can tell one time from another
+                assert max(departures(functions, predictions[other]).values()) > 5
+        sgd.zero_grad()
+        (outputs(weights, x) - y).square().sum().div(2).backward()
+        sgd.step()
 
 
 GRAM, ROWS, TEST, Y = torch.eye(3), torch.ones(2, 3), torch.eye(2), torch.ones(3)

@@ -18,7 +18,7 @@ from ntk_lightning.kernels.empirical import trial
 from ntk_lightning.kernels.empirical.gradients import GradientRows
 from ntk_lightning.kernels.empirical.inputs import Inputs
 from ntk_lightning.kernels.empirical.network_function import NetworkFunction
-from ntk_lightning.kernels.empirical.slow_path import OneByOneRows
+from ntk_lightning.kernels.empirical.slow_path import OneByOneRows, PlainNetwork
 from ntk_lightning.modules import LinearizedNetwork
 from tests.slow_modules import SLOW, D, Packed, Recurrent, jacobian, relative
 
@@ -261,7 +261,7 @@ def test_the_slow_path_does_no_more_passes_than_a_loop() -> None:
         Counted(nn.LSTM), ("rnn.weight_hh_l0", "out.weight"), None, False, D, torch.device("cpu")
     )
     x = Inputs.of(torch.randn(9, 5, 3, dtype=D))
-    rows = OneByOneRows(function, x[:1])
+    rows = OneByOneRows(PlainNetwork(function), 2, 0)
     passes.update(forward=0, backward=0)
     rows.fill(torch.empty(9, rows.width, dtype=D), x)
     assert passes == {"forward": 9, "backward": 18}

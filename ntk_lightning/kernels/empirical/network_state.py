@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Weights", "copy_network", "preserved", "usable"]
+__all__ = ["ModuleAttributes", "Weights", "copy_network", "preserved", "usable"]
 
 Weights = dict[str, Tensor]  # parameters or directions among them, by name
 
@@ -44,11 +44,39 @@ class _DetachedCopies(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class ModuleAttributes:
+    """The attributes of a network's modules, to be put back: kept activations, counters, lists.
+
+    Values of parameters and buffers that are written in place are not put back.
+
+    Args:
+        net: The network, as it is now.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self._before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._contents: list[tuple[dict[Any, Any] | list[Any] | set[Any], Any]] = []
+        for module in net.modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                attributes = vars(module)
+                self._before.append((attributes, attributes.copy()))
+                containers = (v for v in attributes.values() if isinstance(v, dict | list | set))
+                self._contents += [(container, container.copy()) for container in containers]
+
+    def restore(self) -> None:
+        """Put them back."""
+        for attributes, before in self._before:
+            attributes.clear()
+            attributes.update(before)
+        for container, content in self._contents:
+            if container or content:
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
+
+
 @contextmanager
 def preserved(net: nn.Module) -> Iterator[None]:
-    """Undo what the body changes in the attributes of a network's modules: kept activations, counters, lists.
-
-    Values of parameters and buffers that are written in place are not undone.
+    """Undo what the body changes in the attributes of a network's modules.
 
     Args:
         net: The network.
@@ -56,22 +84,11 @@ def preserved(net: nn.Module) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    found = []
-    for module in net.modules():
-        if not isinstance(module, torch.jit.ScriptModule):
-            attributes = vars(module)
-            contents = {k: copy.copy(v) for k, v in attributes.items() if isinstance(v, dict | list | set)}
-            found.append((attributes, dict(attributes), contents))
+    attributes = ModuleAttributes(net)
     try:
         yield
     finally:
-        for attributes, before, contents in found:
-            attributes.clear()
-            attributes.update(before)
-            for key, content in contents.items():
-                container = attributes[key]
-                container.clear()
-                container.extend(content) if isinstance(container, list) else container.update(content)
+        attributes.restore()
 
 
 def usable(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

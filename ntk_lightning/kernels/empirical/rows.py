@@ -18,7 +18,7 @@ from ntk_lightning.kernels.empirical.layer_rules import AffineLayer
 from ntk_lightning.kernels.empirical.network_function import NetworkFunction
 from ntk_lightning.kernels.empirical.network_state import Weights
 
-__all__ = ["Part", "Rows", "real_flat"]
+__all__ = ["AllocationMeter", "Part", "Rows", "real_flat"]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Rows(ABC):
 
     def workspace(self, x: Inputs) -> int:
         """Bytes that operations allocate while the rows of x are made, as if none were freed before the end."""
-        meter = _Meter()
+        meter = AllocationMeter()
         with meter:
             self.fill(torch.empty(len(x), self.width, dtype=self.function.dtype, device=x.device), x)
         return meter.nbytes
@@ -141,7 +141,7 @@ class Rows(ABC):
         ]
 
 
-class _Meter(TorchDispatchMode):
+class AllocationMeter(TorchDispatchMode):
     """Adds up the storage of every tensor that an operation makes."""
 
     def __init__(self) -> None:

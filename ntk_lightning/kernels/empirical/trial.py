@@ -11,7 +11,7 @@ import random
 import warnings
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -23,15 +23,27 @@ from ntk_lightning.kernels.empirical.derivatives import ForwardModeWatch, is_adj
 from ntk_lightning.kernels.empirical.gradients import GradientRows
 from ntk_lightning.kernels.empirical.inputs import Inputs
 from ntk_lightning.kernels.empirical.network_function import NetworkFunction
-from ntk_lightning.kernels.empirical.rows import Rows
-from ntk_lightning.kernels.empirical.slow_path import OneByOneRows
+from ntk_lightning.kernels.empirical.rows import AllocationMeter, Rows, real_flat
+from ntk_lightning.kernels.empirical.slow_path import OneByOneRows, PlainNetwork
 
 __all__ = ["choose_products", "choose_rows"]
 
 _Way = Literal["at once", "by branch", "one by one", "forward", "reverse"]
 
 _log = logging.getLogger(__name__)
-_ways: WeakKeyDictionary[nn.Module, dict[Hashable, _Way]] = WeakKeyDictionary()  # what was found, for each network
+
+
+@dataclass
+class _Found:
+    """How the gradients of a network are made; what one pass of plain autograd gives and allocates."""
+
+    way: _Way
+    num_outputs: int
+    nbytes: int
+    products: _Way | None = None  # how J d is computed, where that was asked
+
+
+_known: WeakKeyDictionary[nn.Module, dict[Hashable, _Found]] = WeakKeyDictionary()
 
 
 def choose_rows(function: NetworkFunction, inputs: list[Inputs], per_layer: bool = False) -> Rows:
@@ -48,13 +60,14 @@ def choose_rows(function: NetworkFunction, inputs: list[Inputs], per_layer: bool
     Raises:
         ValueError: The network mixes samples, draws random numbers, or gives no outputs that can be differentiated.
     """
-    sample = inputs[0][:1]
-    known, key = _ways.setdefault(function.net, {}), _key(function, inputs)
+    known, key, plain = _known.setdefault(function.net, {}), _key(function, inputs), None
     if key not in known:
-        known[key] = _try(function, _two(inputs))
-    if known[key] == "one by one":
-        return OneByOneRows(function, sample, per_layer)
-    return GradientRows(function, sample, per_layer, by_branch=known[key] == "by branch")
+        plain = PlainNetwork(function)
+        known[key] = _try(plain, _two(inputs))
+    found = known[key]
+    if found.way == "one by one":
+        return OneByOneRows(plain or PlainNetwork(function), found.num_outputs, found.nbytes, per_layer)
+    return GradientRows(function, inputs[0][:1], per_layer, by_branch=found.way == "by branch")
 
 
 def choose_products(rows: Rows, inputs: list[Inputs]) -> Rows:
@@ -69,13 +82,12 @@ def choose_products(rows: Rows, inputs: list[Inputs]) -> Rows:
     """
     if not isinstance(rows, GradientRows):
         return rows
-    function, samples = rows.function, _two(inputs)
-    known, key = _ways.setdefault(function.net, {}), ("products", *_key(function, inputs))
-    if key not in known:
-        known[key] = _try_products(rows, samples)
-    if known[key] == "one by one":
-        return OneByOneRows(function, inputs[0][:1])
-    rows.forward_mode = known[key] == "forward"
+    found = _known[rows.function.net][_key(rows.function, inputs)]
+    if found.products is None:
+        found.products = _try_products(rows, _two(inputs))
+    if found.products == "one by one":
+        return OneByOneRows(PlainNetwork(rows.function), found.num_outputs, found.nbytes)
+    rows.forward_mode = found.products == "forward"
     return rows
 
 
@@ -93,50 +105,47 @@ def _two(inputs: list[Inputs]) -> Inputs:
     return first.cat(last) if sum(map(len, inputs)) > 1 else first
 
 
-def _try(function: NetworkFunction, samples: Inputs) -> _Way:
+def _try(plain: PlainNetwork, samples: Inputs) -> _Found:
     """Refuse what has no kernel, then compare vmap with plain autograd, on a random mix u^T f of the outputs."""
-    with _no_random_numbers(function.device):
-        plain = OneByOneRows(function, samples[:1])
-    _check_samples_apart(plain, samples)
-
-    u = _random(torch.empty(plain.num_outputs).to(plain.cotangents))
+    function, singles = plain.function, samples.split(1)
+    with _no_random_numbers(function.device), _dtype_advice(samples):
+        again = _outputs(plain, singles[0])
+    u, alone, gradients = _random(again[0]), [], []
+    meter = AllocationMeter()
+    for i, sample in enumerate(singles):
+        with meter if i == 0 else nullcontext(), plain.outputs(sample) as outputs:
+            alone.append(outputs.detach().reshape(1, -1))
+            gradients.append(torch.cat(real_flat(plain.gradient(outputs, u).values())))
+    _check_samples_apart(plain, samples, again, alone)
 
     def mixed(returned: Any) -> Tensor:  # noqa: ANN401 - whatever the network returns
-        out = function.select(returned)
-        return out.reshape(1, -1) @ u[:, None]
+        return function.select(returned).reshape(1, -1) @ u[:, None]
 
-    mix = replace(function, output=mixed, full=False)
-    plain.function, plain.cotangents = mix, u.new_ones(1, 1)
-    expected = _gram(plain, samples, sum(w.numel() * (1 + w.is_complex()) for w in plain.trainable.values()))
-    refused = "it changes the gradients"
+    mix, refused = replace(function, output=mixed, full=False), "it changes the gradients"
+    expected = torch.stack(gradients) @ torch.stack(gradients).T
     ways: tuple[_Way, ...] = ("at once", "by branch")
     for way in ways:
         try:
             with warnings.catch_warnings(action="ignore"):  # of an operation that has no rule for vmap
                 rows = GradientRows(mix, samples[:1], by_branch=way == "by branch")
-                found = _gram(rows, samples, rows.width)
+                made = again.new_empty(len(samples), rows.width)
+                rows.fill(made, samples)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever torch.func cannot transform, in whatever way it says so
-            refused = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-            continue
-        if _equal(found, expected, 1e-9, 1e-3):
-            return way
+            refused = f"{type(error).__name__}: {error}"
+            if "control flow" not in refused and ".item()" not in refused:
+                break
+        else:
+            if _equal(rows.contract(made, made, lambda a, b: a @ b.T)[0], expected, 1e-9, 1e-3):
+                return _Found(way, again.numel(), meter.nbytes)
+            break
     _log.info(
         "Gradients of %s are made one sample at a time by plain autograd, since torch.func.vmap cannot make them: %s",
         type(function.net).__name__,
         refused,
     )
-    return "one by one"
-
-
-def _gram(rows: Rows, samples: Inputs, width: int) -> Tensor:
-    """The kernel of the samples with each other, from rows of a known width."""
-    made = torch.empty(len(samples), width, dtype=rows.function.dtype, device=samples.device)
-    rows.fill(made, samples)
-    if isinstance(rows, OneByOneRows):
-        return made @ made.T
-    return rows.contract(made, made, lambda a, b: a @ b.T)[0]
+    return _Found("one by one", again.numel(), meter.nbytes)
 
 
 def _try_products(rows: GradientRows, samples: Inputs) -> _Way:
@@ -169,12 +178,16 @@ def _no_random_numbers(device: torch.device) -> Iterator[None]:
         cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
         return [torch.get_rng_state(), random.getstate(), np.random.get_state(), *cuda]
 
+    def differ(a: Any, b: Any) -> bool:  # noqa: ANN401 - each generator's own kind of state
+        if isinstance(a, tuple):
+            return len(a) != len(b) or any(map(differ, a, b))
+        return not np.array_equal(a, b) if isinstance(a, np.ndarray | Tensor) else bool(a != b)
+
     before = states()
     try:
         yield
     finally:
-        pairs = zip(before, states(), strict=True)
-        drawn = any(not torch.equal(a, b) if isinstance(a, Tensor) else repr(a) != repr(b) for a, b in pairs)
+        drawn = any(map(differ, before, states()))
         if drawn:
             torch.set_rng_state(before[0])
             random.setstate(before[1])
@@ -185,38 +198,64 @@ def _no_random_numbers(device: torch.device) -> Iterator[None]:
         raise ValueError(_RANDOM)
 
 
+@contextmanager
+def _dtype_advice(x: Inputs) -> Iterator[None]:
+    """Say what to do where the network does not take numbers of this kind."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "type" in str(error) and not any(leaf.is_floating_point() for leaf in x.leaves):
+            kinds = " and ".join(sorted({str(leaf.dtype) for leaf in x.leaves}))
+            raise TypeError(
+                f"The network does not take {kinds}: call .float() first. Its own words: {error}"
+            ) from error
+        raise
+
+
 _RANDOM = (
     "The network draws random numbers in its forward pass (dropout, for example, or RReLU), so that its gradient is "
     "another one at every call: make the kernel of net.eval(), and let functional calls follow self.training."
 )
 
 
-def _check_samples_apart(plain: OneByOneRows, samples: Inputs) -> None:
-    """Refuse networks whose output for a sample depends on the other samples, or changes from call to call."""
+def _outputs(plain: PlainNetwork, x: Inputs) -> Tensor:
+    """Outputs (n, C) of n samples in one call."""
+    with plain.outputs(x) as outputs:
+        return outputs.detach().reshape(len(x), -1)
 
-    def outputs(rows: OneByOneRows, x: Inputs) -> Tensor:
-        with rows.outputs(x) as out:
-            return out.detach().reshape(len(x), -1)
 
-    def differ(rows: OneByOneRows, x: Inputs) -> str | None:
-        alone = [outputs(rows, x[i : i + 1]) for i in range(len(x))]
-        if not _equal(outputs(rows, x[:1]), alone[0], 1e-8, 3e-4):
-            return _RANDOM
-        if len(x) == 1:
-            return None
-        try:
-            together = outputs(rows, x)
-        except (RuntimeError, ValueError, IndexError):
-            return None  # made for one sample a call: then it mixes none
-        return None if _equal(together, torch.cat(alone), 1e-8, 3e-4) else _MIXES
+def _check_samples_apart(plain: PlainNetwork, samples: Inputs, again: Tensor, alone: list[Tensor]) -> None:
+    """Refuse networks whose output for a sample depends on the other samples, or changes from call to call.
 
-    found = differ(plain, samples)
+    Args:
+        plain: The network.
+        samples: One or two.
+        again: Outputs (1, C) of the first, of another call than those in ``alone``.
+        alone: Outputs (1, C) of each, called alone.
+
+    Raises:
+        ValueError: It does.
+    """
+    found = _dependence(plain, samples, again, alone)
     if found is not None and plain.function.dtype != torch.float64:  # or float32 was too coarse
-        exact = replace(plain.function, dtype=torch.float64)
-        samples = samples.cast(torch.float64)
-        found = differ(OneByOneRows(exact, samples[:1]), samples)
+        exact, samples = PlainNetwork(replace(plain.function, dtype=torch.float64)), samples.cast(torch.float64)
+        again, *alone = (_outputs(exact, sample) for sample in (samples[:1], *samples.split(1)))
+        found = _dependence(exact, samples, again, alone)
     if found is not None:
         raise ValueError(found)
+
+
+def _dependence(plain: PlainNetwork, samples: Inputs, again: Tensor, alone: list[Tensor]) -> str | None:
+    """What else than the sample the outputs depend on, in words, or None."""
+    if not _equal(again, alone[0], 1e-8, 3e-4):
+        return _RANDOM
+    if len(samples) == 1:
+        return None
+    try:
+        together = _outputs(plain, samples)
+    except (RuntimeError, ValueError, IndexError):
+        return None  # made for one sample a call: then it mixes none
+    return None if _equal(together, torch.cat(alone), 1e-8, 3e-4) else _MIXES
 
 
 _MIXES = (
