@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from torch import nn
+from torch import distributed, nn
 
 from ntk_lightning.callbacks.from_trainer import check_sets, evaluating, samples
 from ntk_lightning.datamodules import BatchLoader
@@ -30,7 +30,8 @@ def first_buffers(module: nn.Module) -> Iterator[None]:
     Yields:
         None, without gradients; every process has its own buffers again at the end.
     """
-    own = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    shared = distributed.is_available() and distributed.is_initialized()
+    own = [(buffer, buffer.clone()) for buffer in module.buffers()] if shared else []
     with torch.no_grad():
         share_buffers(module)
         try:

@@ -110,14 +110,15 @@ def share_buffers(module: nn.Module) -> None:
     """Overwrite the buffers of a module by those of rank zero of the default process group.
 
     Args:
-        module: Any module; nothing happens in a single process.
+        module: Any module; nothing happens in a single process, nor to buffers that it keeps from DDP.
 
     Raises:
         ValueError: Their names, shapes or dtypes differ.
     """
     if _world_size() == 1:
         return
-    buffers = dict(module.named_buffers())
+    ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", ())
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name not in ignored}
     forms = _gather({name: (tuple(buffer.shape), buffer.dtype) for name, buffer in buffers.items()})
     if any(form != forms[0] for form in forms):
         names = sorted(
