@@ -8,12 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from scipy import stats
-
 from ntk_lightning.scaling.power_law import PowerLawFit, compare_exponents, fit_power_law
 from ntk_lightning.studies.figure_lines import Line, study_lines
-from ntk_lightning.studies.figure_text import number_text
 from ntk_lightning.studies.results import StudyResults
 from ntk_lightning.studies.schema import Quantity
 
@@ -152,7 +148,7 @@ def _fit(line: Line, chance: float | None) -> FittedSeries:
     if len(xs) < 2:
         return FittedSeries(line, None, tuple(full), [*notes, "No power law: it needs 2 or more sizes."])
     fit, more = _power_law(line, full, xs, chance)
-    return FittedSeries(line, fit, tuple(full), notes + more + (_bend(fit, line, full) if fit else []))
+    return FittedSeries(line, fit, tuple(full), notes + more)
 
 
 def _power_law(
@@ -167,20 +163,3 @@ def _power_law(
         except ValueError as error:
             return None, [str(error), *(str(warning.message) for warning in caught)]
     return fit, [str(warning.message) for warning in caught]
-
-
-def _bend(fit: PowerLawFit, line: Line, seeds: Sequence[int]) -> list[str]:
-    """A note where the exponent changes with n by more than 0.1, and by more than the noise of the seeds."""
-    # Of each seed a parabola is fitted to log L against log n; a t-test asks whether the curvature is 0.
-    if len(seeds) < 2 or len(fit.n) < 3:
-        return []
-    logarithms = np.log([[line.values[seed][int(n)] for n in fit.n] for seed in seeds])  # (seeds, sizes)
-    curvatures = np.polyfit(np.log(fit.n), logarithms.T, 2)[0]  # (seeds,)
-    local = -np.diff(np.log(fit.mean_errors)) / np.diff(np.log(fit.n))
-    p_value = float(stats.ttest_1samp(curvatures, 0).pvalue)
-    if not (p_value < 0.05 and abs(local[0] - local[-1]) > 0.1):
-        return []
-    return [
-        f"The law bends: its exponent is {number_text(local[0], 2)} between the two smallest sizes and "
-        f"{number_text(local[-1], 2)} between the two largest (p = {p_value:.2g} for a straight line)."
-    ]
