@@ -117,13 +117,13 @@ def _erf(pair: Pair, _: Activation) -> tuple[Tensor, Tensor]:
 
 def _gelu(pair: Pair, _: Activation) -> tuple[Tensor, Tensor]:
     """phi(u) = u P(N(0, 1) < u). Tsuchida et al. (2020, arXiv 2002.08517), here by Stein's lemma."""
-    # With a^2 = 1 / (1 + k11), b^2 = 1 / (1 + k22), cosine = k12 a b, sine^2 = 1 - cosine^2 and m = (1 - a^2) (1 - b^2)
+    # With a^2 = 1 / (1 + k11), b^2 = 1 / (1 + k22), cosine = k12 a b, sine^2 = 1 - cosine^2 and m = k11 a^2 k22 b^2
     # (1 - r^2): written so that no large terms cancel where k12 is large, of either sign.
     a2, b2 = 1 / (1 + pair.k11), 1 / (1 + pair.k22)
     ab, sine = a2.sqrt() * b2.sqrt(), _sine(a2, b2, pair.sine2)
     cosine, density = pair.k12 * ab, ab / sine  # 2 pi times the density of (u - z, v - z') at 0, z and z' ~ N(0, 1)
     angle = torch.atan2(sine, -cosine)  # 2 pi P(u > z, v > z')
-    bow, m = less_its_sine(angle, sine, -cosine), (1 - a2) * (1 - b2) * pair.sine2
+    bow, m = less_its_sine(angle, sine, -cosine), (pair.k11 * a2) * (pair.k22 * b2) * pair.sine2
     nngp = m * sine / ab + pair.k12 * bow + cosine**2 * density
     derivative = bow - m * cosine / sine + density * cosine * (ab + density / sine)
     return nngp / (2 * math.pi), derivative / (2 * math.pi)
