@@ -142,17 +142,23 @@ class Rows(ABC):
 
 
 class AllocationMeter(TorchDispatchMode):
-    """Adds up the storage of every tensor that an operation makes."""
+    """Adds up the storage of every tensor that an operation makes, and notes their dtypes."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # it has no signature
         self.nbytes: int = 0
+        self.dtypes: set[torch.dtype] = set()
+
+    def rounded(self, dtype: torch.dtype) -> list[torch.dtype]:
+        """Floating-point dtypes of less precision than this one that were met."""
+        return [d for d in self.dtypes if d.is_floating_point and d.itemsize < dtype.itemsize]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         """Run the operation, whatever its arguments, and count what it made."""
         out = func(*args, **(kwargs or {}))
         known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         made = {t.untyped_storage().data_ptr(): t for t in tree_leaves(out) if isinstance(t, Tensor)}
+        self.dtypes.update(t.dtype for t in made.values())
         self.nbytes += sum(t.untyped_storage().nbytes() for pointer, t in made.items() if pointer not in known)
         return out
 

@@ -151,6 +151,9 @@ def _try(plain: PlainNetwork, samples: Inputs) -> _Found:
     mix, refused = replace(function, output=mixed, full=False), "it changes the gradients"
     expected = torch.stack(gradients) @ torch.stack(gradients).T
     ways: tuple[_Way, ...] = ("at once", "by branch")
+    rounded = meter.rounded(function.dtype)
+    if function.dtype == torch.float64 and rounded:  # in float64 all digits are wanted: rounding depends on the batch
+        ways, refused = (), f"it computes in {', '.join(map(str, rounded))} within, which vmap rounds otherwise"
     for way in ways:
         try:
             with warnings.catch_warnings(action="ignore"):  # of an operation that has no rule for vmap
@@ -164,11 +167,11 @@ def _try(plain: PlainNetwork, samples: Inputs) -> _Found:
             if "control flow" not in refused and ".item()" not in refused:
                 break
         else:
-            if agree(rows.contract(made, made, lambda a, b: a @ b.T)[0], expected, 1e-9, 1e-3):
+            if agree(rows.contract(made, made, lambda a, b: a @ b.T)[0], expected, 1e-12, 1e-3):
                 return _Found(way, num_outputs=again.numel(), nbytes=meter.nbytes)
             break
     _log.info(
-        "Gradients of %s are made one sample at a time by plain autograd, since torch.func.vmap cannot make them: %s",
+        "Gradients of %s are made one sample at a time by plain autograd, which torch.func.vmap cannot replace: %s",
         type(function.net).__name__,
         refused,
     )
@@ -192,7 +195,7 @@ def _try_products(rows: GradientRows, plain: OneByOneRows, samples: Inputs) -> _
         except Exception as error:  # an operation without this derivative, in whatever way it says so
             _log.info("%s has no products by %s mode: %s", type(rows.function.net).__name__, way, error)
             continue
-        same = all(agree(pulled[name], expected, 1e-9, 1e-3) for name, expected in gradient.items())
+        same = all(agree(pulled[name], expected, 1e-12, 1e-3) for name, expected in gradient.items())
         if same and watch.found is None and is_adjoint(direction, product, cotangent, gradient):
             return way
     return "one by one"
