@@ -17,6 +17,7 @@ from ntk_lightning.kernels.empirical.evaluation import evaluation_ntk
 from ntk_lightning.kernels.grams.agreement import agree_on_kernel, agree_on_tensors
 from ntk_lightning.objective import check_labels, encode_targets
 from ntk_lightning.optim import OptimizerConfig
+from ntk_lightning.pytrees import named_tensors
 from ntk_lightning.solvers.kernel_fit import error_and_loss
 
 __all__ = [
@@ -106,7 +107,7 @@ def check_sets(trainer: Trainer) -> None:
     for split in ("train", "test", "val", "fresh"):
         if has_set(trainer, split):
             found = samples_of(trainer, split).to(trainer.strategy.root_device)  # where processes can exchange them
-            tensors |= {f"{split} inputs": found.x, f"{split} labels": found.y}
+            tensors |= {**dict(named_tensors(found.x, f"{split} inputs")), f"{split} labels": found.y}
     agree_on_tensors(tensors, "every process must hold the same sets, so give random_split and the like one seed.")
 
 
