@@ -102,8 +102,7 @@ def test_samples_that_branch_are_taken_together_by_branch() -> None:
     torch.manual_seed(0)
     net, x, mask = Asking().to(D), torch.randn(16, 3, dtype=D), torch.rand(16, 3) > 0.3
     mask[:5] = True
-    # a batch of two samples of different branches is another function of them, so the trial sees two alike
-    x[0], x[-1], mask[-1] = x[0].abs(), x[0].abs() + 1, True
+    x[0], x[-1] = x[0].abs(), -x[0].abs()  # of different branches
     j = jacobian(net, [(x[i : i + 1], mask[i : i + 1]) for i in range(16)])
     kernel, v = EmpiricalNTK(net, full=True), torch.randn(16, 2, dtype=D)
     expected = torch.einsum("iap,jbp->ijab", j, j)
@@ -112,6 +111,30 @@ def test_samples_that_branch_are_taken_together_by_branch() -> None:
     assert rows.by_branch
     assert relative(kernel((x, mask)), expected) < 1e-12
     assert relative(kernel.matvec((x, mask), v), torch.einsum("ijab,jb->ia", expected, v)) < 1e-12
+
+
+class Summing(nn.Module):
+    """A branch on a sum over whatever batch it is called with; ``mixing`` mixes the samples too."""
+
+    def __init__(self, mixing: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.mixing = nn.Linear(6, 4), nn.Linear(4, 2), mixing
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        h = h - h.mean(0) * 0.5 if self.mixing else h
+        return self.b(h.tanh() if x.sum() > 0 else h.sin())
+
+
+def test_a_branch_on_the_whole_batch_has_the_kernel_of_samples_alone() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 6, dtype=D)
+    x[0], x[-1] = x[0].abs(), -2 * x[0].abs()
+    net = Summing(mixing=False).to(D)
+    j = jacobian(net, [(s[None],) for s in x])
+    assert relative(EmpiricalNTK(net, full=True)(x), torch.einsum("iap,jbp->ijab", j, j)) < 1e-12
+    with pytest.raises(ValueError, match="depends on the other samples"):
+        EmpiricalNTK(Summing(mixing=True).to(D))(x)
 
 
 class Wrapped(nn.Linear):

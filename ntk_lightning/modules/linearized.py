@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ntk_lightning.datamodules.base import has_set, samples_of
 from ntk_lightning.kernels.empirical.evaluation import evaluation_ntk
 from ntk_lightning.kernels.empirical.inputs import Inputs
-from ntk_lightning.kernels.empirical.network_function import Output, check_modes
+from ntk_lightning.kernels.empirical.network_function import Output
 from ntk_lightning.kernels.empirical.network_state import copy_network
+from ntk_lightning.kernels.empirical.sample_independence import check_modes
 from ntk_lightning.modules.base import NTKModule
 from ntk_lightning.modules.taylor_expansion import taylor_expansion
 from ntk_lightning.optim import OptimizerConfig

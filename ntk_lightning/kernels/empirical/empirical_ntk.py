@@ -18,9 +18,10 @@ from ntk_lightning.kernels.checks import check_finite, check_inputs
 from ntk_lightning.kernels.empirical.derivatives import differentiable_attention
 from ntk_lightning.kernels.empirical.inputs import Inputs
 from ntk_lightning.kernels.empirical.memory_plan import SLICE_COLUMNS, chunk_size, divide, parse_bytes
-from ntk_lightning.kernels.empirical.network_function import NetworkFunction, check_modes
+from ntk_lightning.kernels.empirical.network_function import NetworkFunction
 from ntk_lightning.kernels.empirical.network_state import Weights, copy_network, preserved
 from ntk_lightning.kernels.empirical.rows import Rows
+from ntk_lightning.kernels.empirical.sample_independence import check_modes
 from ntk_lightning.kernels.empirical.trial import choose_products, choose_rows
 from ntk_lightning.kernels.grams.distributed import distributed_cross, distributed_gram, swap
 from ntk_lightning.precision import at_least_float32, own_precision

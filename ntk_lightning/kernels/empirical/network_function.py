@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["NetworkFunction", "Output", "check_modes", "select_output"]
+__all__ = ["NetworkFunction", "Output", "select_output"]
 
 Output = int | Callable[[Any], Tensor] | None
 
@@ -89,24 +89,3 @@ def select_output(output: Output, returned: Any, n: int) -> Tensor:  # noqa: ANN
             "output=lambda out: out.abs()."
         )
     return out
-
-
-def check_modes(net: nn.Module, dropout: bool = True) -> None:
-    """Refuse layers that mix samples or draw random numbers.
-
-    Args:
-        net: The network.
-        dropout: Refuse dropout layers in training mode too.
-
-    Raises:
-        ValueError: There is such a layer.
-    """
-    for name, module in net.named_modules():
-        what = f"{type(module).__name__} {name!r}"
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-            raise ValueError(
-                f"{what} normalizes by statistics of the batch, so that a sample has no gradient of its own: "
-                "make the kernel of net.eval(), with running statistics."
-            )
-        if dropout and isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
-            raise ValueError(f"{what} draws random numbers: make the kernel of net.eval().")
