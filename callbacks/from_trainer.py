@@ -17,6 +17,7 @@ from ntk_lightning.kernels.empirical.evaluation import evaluation_ntk
 from ntk_lightning.kernels.grams.agreement import agree_on_kernel, agree_on_tensors
 from ntk_lightning.objective import check_labels, encode_targets
 from ntk_lightning.optim import OptimizerConfig
+from ntk_lightning.pytrees import named_tensors
 from ntk_lightning.solvers.kernel_fit import error_and_loss
 
 __all__ = [
@@ -33,6 +34,10 @@ __all__ = [
     "trainer_options",
 ]
 
+_REGRESSION = (
+    " Kernel fits beside a run compare error rates: for regression, fit EmpiricalNTK(net) by ntk_lightning.solvers, "
+    "which gives losses."
+)
 _USUAL_OPTIONS = {
     "accumulate_grad_batches": 1,
     "limit_train_batches": 1.0,
@@ -65,12 +70,12 @@ def samples(trainer: Trainer, split: str, num_outputs: int = 1) -> Samples:
     return replace(found, y=encode_targets(found.y, num_outputs, found.x.dtype))
 
 
-def evaluation_sets(trainer: Trainer, num_outputs: int = 1) -> dict[str, Samples]:
+def evaluation_sets(trainer: Trainer, num_outputs: int | None = None) -> dict[str, Samples]:
     """Take the sets that kernel fits are measured on.
 
     Args:
         trainer: Trainer whose data module is set up.
-        num_outputs: Outputs of the network, as for :func:`samples`.
+        num_outputs: Outputs of the network, as for :func:`samples`; None where they are not known yet.
 
     Returns:
         The "test" set, and the "val" set if the data module has one.
@@ -80,7 +85,11 @@ def evaluation_sets(trainer: Trainer, num_outputs: int = 1) -> dict[str, Samples
         ValueError: The labels do not fit the number of outputs.
     """
     splits = ("test", "val") if has_set(trainer, "val") else ("test",)
-    return {split: samples(trainer, split, num_outputs) for split in splits}
+    found = {split: samples(trainer, split, num_outputs or 1) for split in splits}
+    if num_outputs == 1:
+        for split, each in found.items():
+            check_labels(each.y, name=f"Labels of the {split} set", hint=_REGRESSION)
+    return found
 
 
 def check_sets(trainer: Trainer) -> None:
@@ -98,7 +107,7 @@ def check_sets(trainer: Trainer) -> None:
     for split in ("train", "test", "val", "fresh"):
         if has_set(trainer, split):
             found = samples_of(trainer, split).to(trainer.strategy.root_device)  # where processes can exchange them
-            tensors |= {f"{split} inputs": found.x, f"{split} labels": found.y}
+            tensors |= {**dict(named_tensors(found.x, f"{split} inputs")), f"{split} labels": found.y}
     agree_on_tensors(tensors, "every process must hold the same sets, so give random_split and the like one seed.")
 
 

@@ -640,6 +640,22 @@ def test_layers_on_the_module_itself_are_watched_by_an_empty_name(tmp_path: Path
         fit(Flat(), [AfterKernel(optimizer=CONFIG)], tmp_path)
 
 
+class Regression(LightningDataModule):
+    """Real targets."""
+
+    def setup(self, stage: str | None = None) -> None:
+        self.train_set, self.test_set = (Samples(x, x.mean(1)) for x, _ in (draw(24, 0), draw(16, 1)))
+
+    def train_dataloader(self) -> Any:  # noqa: ANN401
+        return DataLoader(TensorDataset(self.train_set.x, self.train_set.y), batch_size=8)
+
+
+@pytest.mark.parametrize("callback", [EmpiricalNTKDynamics, AfterKernel, InfiniteNTKFit])
+def test_real_targets_are_told_that_fits_beside_a_run_compare_error_rates(callback: Any, tmp_path: Path) -> None:  # noqa: ANN401
+    with pytest.raises(ValueError, match=r"Labels of the test set must be -1 or \+1.*for regression, fit EmpiricalNTK"):
+        fit(Own(), [callback(optimizer=CONFIG)], tmp_path, datamodule=Regression())
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_kernel_metrics_can_be_monitored(first: bool, tmp_path: Path) -> None:
     dynamics, diagnostics = EmpiricalNTKDynamics(every_n_batches=3), KernelDiagnostics(every_n_batches=3)
