@@ -21,15 +21,18 @@ class ComparisonTable(Callback):
     :class:`~ntk_lightning.callbacks.InfiniteNTKFit` have it.
     """
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table and say where the results lie."""
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Print the table and say where the results lie, when all callbacks have measured the end of the run."""
+        if stage != "fit":
+            return
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # it exists
         models = [model for callback in callbacks for model in getattr(callback, "model_errors", list)()]
         log_table(trainer, "comparison", [model.row() for model in models])
         if trainer.is_global_zero and models:
             console = Console(width=None if Console().is_terminal else 110)
             console.print(comparison_table(models))
-            console.print(f"Tables and pictures: {run_folder(trainer)}", soft_wrap=True)
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside the class
+                console.print(f"Tables and pictures: {run_folder(trainer)}", soft_wrap=True)
 
 
 def comparison_table(models: list[ModelErrors]) -> Table:

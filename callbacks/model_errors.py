@@ -56,6 +56,11 @@ class ModelErrors:
             ValueError: It was not evaluated, or on real targets, which have no error rate.
         """
         errors, losses = fit.curves["test"]
+        if errors is None:
+            raise ValueError(
+                "A comparison is of error rates, which real targets of one output do not have: give labels -1 and +1, "
+                "or fit real targets by ntk_lightning.solvers, whose curves have losses."
+            )
         validated = fit.validated_error if "val" in fit.curves else None
         columns = {"steps": fit.steps, "errors": errors, "losses": losses}
         curve = {name: values.tolist() for name, values in columns.items() if values is not None}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Trainer
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
@@ -23,7 +24,7 @@ def run_folder(trainer: Trainer, advice: str = ADVICE) -> Path:
     """Give the folder of the run's tables and pictures, where its checkpoints go too.
 
     Args:
-        trainer: Of the run.
+        trainer: Trainer of the run.
         advice: What to do where it cannot be made.
 
     Returns:
@@ -46,36 +47,39 @@ def check_folder(trainer: Trainer) -> None:
     """Make the folder of the run's tables and pictures, on rank zero, so that its absence is told before the training.
 
     Args:
-        trainer: Of the run.
+        trainer: Trainer of the run.
     """
-    if trainer.is_global_zero:
+    if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside the class
         run_folder(trainer)
 
 
 def log_metrics(trainer: Trainer, metrics: dict[str, float], step: int) -> None:
-    """Hand metrics to every logger of the run.
+    """Hand metrics to every logger of the run, and to callbacks that monitor one by ``trainer.callback_metrics``.
 
     Args:
-        trainer: Of the run.
+        trainer: Trainer of the run.
         metrics: Values by name.
         step: Optimizer step that they belong to.
     """
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=step)
+    trainer.callback_metrics.update({name: torch.tensor(float(value)) for name, value in metrics.items()})
 
 
 def log_table(trainer: Trainer, name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Keep a table as CSV in the run's folder and in W&B; does nothing but on rank zero, or without rows.
+    """Keep a table as CSV in the run's folder and in W&B.
+
+    Only rank zero writes; nothing is written without rows or in a ``fast_dev_run``.
 
     Args:
-        trainer: Of the run.
-        name: Of the table.
+        trainer: Trainer of the run.
+        name: Name of the table.
         rows: Cells by column, the same columns in every row.
 
     Raises:
         OSError: The table cannot be written; the message holds it.
     """
-    if not trainer.is_global_zero or not rows:
+    if not trainer.is_global_zero or not rows or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside the class
         return
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, rows[0])
@@ -91,20 +95,22 @@ def log_table(trainer: Trainer, name: str, rows: Sequence[dict[str, Any]]) -> No
 
 
 def log_figure(trainer: Trainer, name: str, figure: Figure) -> Path | None:
-    """Keep a figure as <name>.png in the run's folder and as <name>_figure in W&B; does nothing but on rank zero.
+    """Keep a figure as <name>.png in the run's folder and as <name>_figure in W&B.
+
+    Only rank zero writes; nothing is written in a ``fast_dev_run``.
 
     Args:
-        trainer: Of the run.
-        name: Of the picture.
+        trainer: Trainer of the run.
+        name: Name of the picture.
         figure: What was drawn.
 
     Returns:
-        The path of the picture, None off rank zero.
+        The path of the picture, None where none is written.
 
     Raises:
         OSError: It cannot be written.
     """
-    if not trainer.is_global_zero:
+    if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside the class
         return None
     path = run_folder(trainer) / f"{name}.png"
     with writing(path, ADVICE):

@@ -9,7 +9,7 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
-from ntk_lightning.pytrees import Inputs, take_samples, to_device
+from ntk_lightning.pytrees import Tree, take_samples, to_device
 
 __all__ = ["Batch", "Samples", "has_set", "samples_of"]
 
@@ -34,7 +34,7 @@ class Samples:
     Inputs of the user's own loaders may be tuples, lists and mappings of tensors that each have the n samples first.
     """
 
-    x: Inputs
+    x: Tree
     y: Tensor
 
     def __len__(self) -> int:

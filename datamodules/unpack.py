@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from ntk_lightning.datamodules.samples import Samples
-from ntk_lightning.pytrees import Inputs, count_samples, map_tensors, rebuild_mapping
+from ntk_lightning.pytrees import Tree, count_samples, map_tensors, rebuild_mapping
 
 __all__ = ["Unpack", "unpack_batch", "unpack_samples"]
 
-Unpack: TypeAlias = Callable[[Any], tuple[Inputs, Tensor]]  # of a collated batch
+Unpack: TypeAlias = Callable[[Any], tuple[Tree, Tensor]]  # of a collated batch
 
 _LABELS = ("labels", "label", "targets", "target", "y")
 _GIVE = "give samples=, a function of a collated batch to (inputs, targets)."
 
 
-def unpack_batch(batch: object) -> tuple[Inputs, Tensor]:
+def unpack_batch(batch: object) -> tuple[Tree, Tensor]:
     """Part a batch into inputs and targets.
 
     Args:

@@ -36,7 +36,14 @@ if TYPE_CHECKING:
     from ntk_lightning.modules import FiniteNetwork, InfiniteNTKReadout, KernelReadout, LinearizedNetwork
     from ntk_lightning.networks import MLP, Erf, FiveLayerCNN, MyrtleCNN, NTKConv2d, NTKLinear, Residual
     from ntk_lightning.optim import OptimizerConfig, critical_learning_rate
-    from ntk_lightning.scaling import ExponentDifference, PowerLawFit, compare_exponents, fit_power_law
+    from ntk_lightning.scaling import (
+        ExponentDifference,
+        LearningCurve,
+        PowerLawFit,
+        compare_exponents,
+        fit_power_law,
+        predict_learning_curve,
+    )
     from ntk_lightning.solvers import (
         GaussianPrediction,
         KernelBlocks,
@@ -102,6 +109,7 @@ __all__ = [
     "KernelFit",
     "KernelReadout",
     "KernelStore",
+    "LearningCurve",
     "LinearizedNetwork",
     "ModelErrors",
     "MyrtleCNN",
@@ -137,6 +145,7 @@ __all__ = [
     "log_marginal_likelihood",
     "nngp_posterior",
     "ntk_ensemble",
+    "predict_learning_curve",
     "read_config",
     "read_results",
     "read_study",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Inputs",
+    "Tree",
     "concatenate",
     "count_samples",
     "map_tensors",
@@ -19,10 +19,10 @@ __all__ = [
     "to_device",
 ]
 
-Inputs: TypeAlias = Any  # a tensor, a tuple, list or mapping of inputs, or what is no tensor and goes along as it is
+Tree: TypeAlias = Any  # a tensor, a tuple, list or mapping of inputs, or what is no tensor and goes along as it is
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], tree: Inputs) -> Inputs:
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
     """Apply a function to every tensor of a tree.
 
     Args:
@@ -45,7 +45,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Inputs) -> Inputs:
     return tree
 
 
-def named_tensors(tree: Inputs, name: str = "") -> Iterator[tuple[str, Tensor]]:
+def named_tensors(tree: Tree, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """Give the tensors of a tree in order, each with its place.
 
     Args:
@@ -65,7 +65,7 @@ def named_tensors(tree: Inputs, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from named_tensors(value, f"{name}[{position}]")
 
 
-def count_samples(tree: Inputs) -> int:
+def count_samples(tree: Tree) -> int:
     """Count the samples, which every tensor of a tree has first.
 
     Args:
@@ -98,7 +98,7 @@ def count_samples(tree: Inputs) -> int:
     return len(found[0][1])
 
 
-def take_samples(tree: Inputs, index: slice | Tensor) -> Inputs:
+def take_samples(tree: Tree, index: slice | Tensor) -> Tree:
     """Take some samples of every tensor.
 
     Args:
@@ -115,7 +115,7 @@ def take_samples(tree: Inputs, index: slice | Tensor) -> Inputs:
     return map_tensors(lambda tensor: tensor[index], tree)
 
 
-def to_device(tree: Inputs, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Inputs:
+def to_device(tree: Tree, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tree:
     """Move every tensor, and cast those of floating-point numbers only: token ids stay integers.
 
     Args:
@@ -133,7 +133,7 @@ def to_device(tree: Inputs, device: torch.device | str | None = None, dtype: tor
     return map_tensors(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None), tree)
 
 
-def concatenate(trees: Sequence[Inputs]) -> Inputs:
+def concatenate(trees: Sequence[Tree]) -> Tree:
     """Join the samples of several trees of one form.
 
     Args:

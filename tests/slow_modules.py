@@ -6,9 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from oracle import jacobian, relative
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
+
+__all__ = ["SLOW", "D", "Packed", "Recurrent", "jacobian", "relative"]
 
 D = torch.float64
 
@@ -135,41 +138,3 @@ SLOW: dict[str, tuple[Make, tuple[int, ...]]] = {
     "numpy": (lambda: Numpy(3, 2), (3,)),
     "scripted": (scripted, (3,)),
 }
-
-
-def flat(gradients: list[Tensor]) -> Tensor:
-    """One real vector; a complex number counts as two."""
-    return torch.cat([(torch.view_as_real(g) if g.is_complex() else g).reshape(-1) for g in gradients])
-
-
-def jacobian(
-    net: nn.Module,
-    samples: list[tuple[Any, ...]],
-    output: Callable[[Any], Tensor] = lambda out: out,
-    parameters: list[nn.Parameter] | None = None,
-) -> Tensor:
-    """Gradients (n, C, P) by one backward pass for every output of every sample, each from the same buffers."""
-    parameters = [p for p in net.parameters() if p.requires_grad] if parameters is None else parameters
-    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
-    rows = []
-    for args in samples:
-        outputs = output(net(*args)).reshape(-1)
-        row = []
-        for value in outputs:
-            for p in net.parameters():
-                p.grad = None
-            value.backward(retain_graph=True)
-            row.append(flat([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]))
-        rows.append(torch.stack(row))
-        with torch.no_grad():
-            for name, buffer in net.named_buffers():
-                buffer.copy_(buffers[name])
-    for p in net.parameters():
-        p.grad = None
-    return torch.stack(rows)
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    """Largest deviation over the largest entry."""
-    assert actual.shape == expected.shape
-    return float((actual - expected).abs().max() / expected.abs().max())

@@ -59,6 +59,7 @@ FIXED: dict[str, dict[str, Any]] = {  # leading parameters, in order; ... where 
     "solvers.ntk_ensemble": {"nngp": ..., "ntk": ..., "targets": ..., "time": float("inf")},
     "solvers.log_marginal_likelihood": {"nngp": ..., "targets": ..., "noise": 0.0},
     "scaling.fit_power_law": {"n": ..., "errors": ...},
+    "scaling.predict_learning_curve": {"kernel": ..., "targets": ..., "sizes": ..., "ridge": 0.0},
     "scaling.compare_exponents": {"a": ..., "b": ...},
     "callbacks.EmpiricalNTKDynamics": {"every_n_batches": None, "log_spaced": None},
     "callbacks.AfterKernel": {},

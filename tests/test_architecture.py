@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from ntk_lightning.kernels.infinite.activations import Activation
 from ntk_lightning.kernels.infinite.architecture import (
-    Activation,
     Conv,
     Flatten,
     GlobalAvgPool,

@@ -26,7 +26,7 @@ from ntk_lightning.callbacks import (
     OptimalEarlyStopping,
     StopAtTrainError,
 )
-from ntk_lightning.callbacks.scheduled import schedule
+from ntk_lightning.callbacks.scheduled import steps_to_measure
 from ntk_lightning.datamodules import Batch, Samples
 from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK
 from ntk_lightning.kernels.diagnostics import kernel_target_alignment
@@ -146,8 +146,8 @@ def test_diagnostics_follow_the_kernel_of_the_probe_set(tmp_path: Path) -> None:
 
 
 def test_schedules_hold_both_ends() -> None:
-    assert sorted(schedule(10, 4, 30)) == [0, 4, 8, 10]
-    spaced = sorted(schedule(1000, None, 30))
+    assert sorted(steps_to_measure(10, 4, 30)) == [0, 4, 8, 10]
+    spaced = sorted(steps_to_measure(1000, None, 30))
     assert spaced[:3] == [0, 1, 2]
     assert spaced[-1] == 1000
     assert 20 < len(spaced) <= 31

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
+from oracle import close, dense, trace
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn import functional as F
 
@@ -88,31 +89,6 @@ def case(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     make, shape = NETS[request.param]
     return make().double(), torch.randn(9, *shape, dtype=torch.float64), torch.randn(5, *shape, dtype=torch.float64)
-
-
-def jacobian(net: nn.Module, x: Tensor) -> Tensor:
-    """Gradients (n, C, P) by one backward pass for every output of every sample."""
-    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    rows = []
-    for sample in x:
-        for output in net(sample[None].clone()).flatten():
-            gradients = torch.autograd.grad(
-                output, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-            rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
-    return torch.stack(rows).unflatten(0, (len(x), -1))
-
-
-def dense(net: nn.Module, x1: Tensor, x2: Tensor) -> Tensor:
-    return torch.einsum("iap,jbp->ijab", jacobian(net, x1), jacobian(net, x2))
-
-
-def trace(kernel: Tensor) -> Tensor:
-    return kernel.diagonal(dim1=-2, dim2=-1).mean(-1)
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-11)
 
 
 def test_equals_the_dense_jacobian(case: tuple[nn.Module, Tensor, Tensor]) -> None:

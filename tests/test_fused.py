@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ntk_lightning.kernels.infinite import reference
-from ntk_lightning.kernels.infinite.architecture import Activation, Conv, Layer, Pool, check_shape, parse
+from ntk_lightning.kernels.infinite.activations import Activation
+from ntk_lightning.kernels.infinite.architecture import Conv, Layer, Pool, check_shape, parse
 from ntk_lightning.kernels.infinite.fused import finish, near_duplicates, pixel_variances, plan, unsupported
 from ntk_lightning.networks import MLP, Erf, FiveLayerCNN, MyrtleCNN, NTKConv2d, NTKLinear, Residual
 
@@ -98,18 +99,19 @@ def test_near_duplicates_are_close_in_direction_and_not_equal() -> None:
         (nn.Sequential(NTKConv2d(1, 1, 3, "valid"), nn.Flatten(), NTKLinear(36, 1)), (8, 8), "Conv"),
         (nn.Sequential(NTKConv2d(1, 1, 3), nn.AvgPool2d(4), nn.Flatten(), NTKLinear(4, 1)), (8, 8), "Pool"),
         (
-            nn.Sequential(NTKConv2d(1, 1, 3), nn.AvgPool2d(2), nn.ReLU(), nn.Flatten(), NTKLinear(1, 1)),
+            nn.Sequential(NTKConv2d(1, 1, 3), nn.AvgPool2d(2), nn.ReLU(), nn.Flatten(), NTKLinear(16, 1)),
             (8, 8),
             "directly",
         ),
         (nn.Sequential(Residual(NTKConv2d(1, 1, 3)), nn.Flatten(), NTKLinear(64, 1)), (8, 8), "Sum"),
-        (nn.Sequential(NTKConv2d(1, 1, 3), nn.Flatten(), NTKLinear(1, 1), nn.ReLU(), NTKLinear(1, 1)), (8, 8), None),
+        (nn.Sequential(NTKConv2d(1, 1, 3), nn.Flatten(), NTKLinear(64, 1), nn.ReLU(), NTKLinear(1, 1)), (8, 8), None),
     ],
 )
 def test_unsupported_names_the_obstacle(net: nn.Sequential, shape: tuple[int, ...], obstacle: str | None) -> None:
     layers = parse(net)
     check_shape(layers, shape)
-    reason = unsupported(layers, shape)
+    reason = unsupported(layers, shape, "cpu")
+    assert reason == unsupported(layers, shape, "cuda")
     assert reason is None if obstacle is None else obstacle in str(reason)
 
 

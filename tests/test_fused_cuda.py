@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from ntk_lightning.kernels.infinite import reference
 from ntk_lightning.kernels.infinite.architecture import parse
-from ntk_lightning.kernels.infinite.fused import unsupported
+from ntk_lightning.kernels.infinite.fused import plan, unsupported
 from ntk_lightning.networks import Erf, FiveLayerCNN, MyrtleCNN, NTKConv2d, NTKLinear
 
 kernel = pytest.importorskip("ntk_lightning.kernels.infinite.fused_cuda_triton", reason="Triton exists on Linux only")
 tl = kernel.tl
+CompilationError = kernel.triton.compiler.errors.CompilationError
 
 
 def random(n: int, *shape: int) -> Tensor:
@@ -101,7 +102,7 @@ class Case:
         from ntk_lightning.kernels.infinite.fused_cuda import Tiling, gram
 
         layers = parse(self.net())
-        assert unsupported(layers, self.shape[1:]) is None
+        assert unsupported(layers, self.shape[1:], "cuda") is None
         x1, x2 = (None if x is None else x.to(device) for x in self.inputs())
         assert x1 is not None
         tiling = Tiling(self.columns, WARPS[device], self.workspace_bytes)
@@ -247,6 +248,17 @@ def test_sm_90_compiles_into_registers_alone(
     assert [level["shared"] for level in levels] == [0] * len(levels)
     assert max(level["spilled"] for level in levels) <= 64
     assert max(level["registers"] for level in levels) <= 255
+
+
+def test_an_activation_that_the_kernel_does_not_know_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ntk_lightning.kernels.infinite import fused_cuda
+
+    launch = fused_cuda._launches(plan(parse(MyrtleCNN(2))), "ntk", (3, 8, 8), fused_cuda.Tiling())[0]
+    launch.constants["NAMES"] = ("cube",) * 2
+    monkeypatch.setattr(fused_cuda, "_launches", lambda *_: [launch])
+    with pytest.raises(CompilationError) as raised:
+        fused_cuda.compile_levels(parse(MyrtleCNN(2)), "ntk", (3, 8, 8))
+    assert "no such activation" in str(raised.value.__cause__)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_auto_names_the_obstacle(caplog: pytest.LogCaptureFixture) -> None:
     ("net", "backend", "shape", "obstacle"),
     [
         (MLP(2, 1, 4), "cpu", (4,), "vectors"),
-        (nn.Sequential(NTKConv2d(1, 1, 5), nn.Flatten(), NTKLinear(1, 1)), "cpu", (1, 6, 6), "kernel_size=5"),
+        (nn.Sequential(NTKConv2d(1, 1, 5), nn.Flatten(), NTKLinear(36, 1)), "cpu", (1, 6, 6), "kernel_size=5"),
         (MyrtleCNN(1), "cuda", (3, 4, 4), "inputs are on cpu"),
     ],
 )

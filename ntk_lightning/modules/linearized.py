@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from ntk_lightning.datamodules.base import has_set, samples_of
-from ntk_lightning.kernels.empirical.empirical_ntk import EmpiricalNTK
+from ntk_lightning.kernels.empirical.evaluation import evaluation_ntk
 from ntk_lightning.kernels.empirical.inputs import Inputs
 from ntk_lightning.kernels.empirical.network_function import Output
 from ntk_lightning.kernels.empirical.network_state import copy_network
@@ -103,9 +103,9 @@ class LinearizedNetwork(NTKModule):
             return
         x = Inputs.of(samples_of(self.trainer, "train").x)[:_PROBE].cast(cast(torch.dtype, self.dtype))
         x = x.with_leaves(leaf.to(self.device) for leaf in x.leaves)
-        net = copy_network(self.net).eval()
-        for name in self._names:
+        net = copy_network(self.net)
+        for name in self._names:  # the kernel's parameters are those that require gradients
             net.get_parameter(name).requires_grad_(True)
         with isolate_rng(), torch.no_grad():
             num_outputs = self(x[:1]).numel()
-            warn_above_critical(EmpiricalNTK(net, output=self.output)(x), [self.optimizer_config], num_outputs)
+            warn_above_critical(evaluation_ntk(net, output=self.output)(x), [self.optimizer_config], num_outputs)

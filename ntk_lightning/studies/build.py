@@ -11,7 +11,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from torch import nn
 
-from ntk_lightning.callbacks.scheduled import schedule
+from ntk_lightning.callbacks.scheduled import steps_to_measure
 from ntk_lightning.datamodules.base import ImageDataModule
 from ntk_lightning.studies.cell_config import Cell
 from ntk_lightning.studies.config import StudyConfig
@@ -119,7 +119,7 @@ def _kernels(cell: Cell) -> Iterator[dict[str, Any]]:
         yield from ({"model": model, "n": n, "m": cell.n, "t": None} for n in sizes)
     if cell.kernels_at or cell.log_spaced:
         total = cell.optimizer.total_steps(cell.n)
-        for t in schedule(total, None, cell.log_spaced or 1, cell.kernels_at):
+        for t in steps_to_measure(total, None, cell.log_spaced or 1, cell.kernels_at):
             if t <= total:
                 yield {"model": DURING, "n": cell.n, "m": cell.n, "t": t}
 

@@ -28,7 +28,8 @@ from ntk_lightning.callbacks import (
 )
 from ntk_lightning.callbacks.nested_fits import fit_nested
 from ntk_lightning.datamodules.base import ImageDataModule
-from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK
+from ntk_lightning.kernels import InfiniteNTK
+from ntk_lightning.kernels.empirical.evaluation import evaluation_ntk
 from ntk_lightning.kernels.grams.gram_and_cross import GramAndCross
 from ntk_lightning.kernels.grams.stored import stored_gram_and_cross
 from ntk_lightning.kernels.infinite.infinite_ntk import Kind
@@ -151,7 +152,7 @@ def _fit_kernel(
     evaluation = dict(zip(("test", "val"), others, strict=False))
     gram_and_cross: GramAndCross
     if cell.model == "empirical":
-        gram_and_cross = partial(EmpiricalNTK(net.to(device), memory=memory).gram_and_cross, progress=progress)
+        gram_and_cross = partial(evaluation_ntk(net.to(device), memory).gram_and_cross, progress=progress)
     else:
         kind: Kind = "nngp" if cell.model == "nngp" else "ntk"
         gram_and_cross = stored_gram_and_cross(InfiniteNTK(net, kind), grams, progress=progress)

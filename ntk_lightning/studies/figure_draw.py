@@ -130,7 +130,7 @@ def figures(results: str, output: str | None = None, format: Literal["png", "pdf
 
 def _draw_lines(axes: Axes, figure: StudyFigure) -> None:
     """Draw error against n, m or width, with its power law where it has one."""
-    fits = {exponent.label: exponent.line.fit for exponent in figure.exponents}
+    fits = {exponent.label: exponent.fitted.fit for exponent in figure.exponents}
     for line, color, marker in zip(figure.lines, _colors(figure.lines), cycle(MARKERS), strict=False):
         fit, label = fits.get(line.label), line.label
         if fit:

@@ -8,12 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from scipy import stats
-
 from ntk_lightning.scaling.power_law import PowerLawFit, compare_exponents, fit_power_law
 from ntk_lightning.studies.figure_lines import Line, study_lines
-from ntk_lightning.studies.figure_text import number_text
 from ntk_lightning.studies.results import StudyResults
 from ntk_lightning.studies.schema import Quantity
 
@@ -42,14 +38,14 @@ class Exponent:
     """The exponent of a line, and what it is compared with.
 
     Args:
-        line: The line and its power law.
+        fitted: The line and its power law.
         published: The source paper's exponent of it, of test errors only; None where there is none.
         p_value: Of the hypothesis that it is that of the first line; None where that was not tested.
         paired: Whether the test paired the seeds, which both lines share.
         notes: What a reader must know of it, one sentence each.
     """
 
-    line: FittedSeries
+    fitted: FittedSeries
     published: float | None
     p_value: float | None
     paired: bool
@@ -58,7 +54,7 @@ class Exponent:
     @property
     def label(self) -> str:
         """The name of the line."""
-        return self.line.series.label
+        return self.fitted.series.label
 
 
 def fit_series(results: StudyResults, quantity: Quantity = "error") -> list[FittedSeries]:
@@ -102,15 +98,15 @@ def compare_lines(results: StudyResults, fits: Sequence[FittedSeries], quantity:
         One exponent a line.
     """
     published = results.config.figure.published if quantity == "error" else {}
-    arms = Counter(line.series.arm for line in fits)
+    arms = Counter(fitted.series.arm for fitted in fits)
     exponents = []
-    for line in fits:
+    for fitted in fits:
         p_value, paired, notes = None, False, list[str]()
-        if line is not fits[0]:
-            p_value, paired, notes = _compare(fits[0], line, _chance(results, quantity))
-        of_arm = published.get(line.series.arm) if arms[line.series.arm] == 1 else None
-        of_line = published.get(line.series.label, of_arm)
-        exponents.append(Exponent(line, of_line, p_value, paired, line.notes + notes))
+        if fitted is not fits[0]:
+            p_value, paired, notes = _compare(fits[0], fitted, _chance(results, quantity))
+        arm, label = fitted.series.arm, fitted.series.label
+        of_arm = published.get(arm) if arms[arm] == 1 else None
+        exponents.append(Exponent(fitted, published.get(label, of_arm), p_value, paired, fitted.notes + notes))
     return exponents
 
 
@@ -119,9 +115,9 @@ def _chance(results: StudyResults, quantity: Quantity) -> float | None:
     return results.config.figure.chance if quantity == "error" else None
 
 
-def _compare(first: FittedSeries, line: FittedSeries, chance: float | None) -> tuple[float | None, bool, list[str]]:
+def _compare(first: FittedSeries, other: FittedSeries, chance: float | None) -> tuple[float | None, bool, list[str]]:
     """Test whether two lines have one exponent, on the sizes that both have: p-value, whether paired, notes."""
-    a, b = first.fit, line.fit
+    a, b = first.fit, other.fit
     if a is None or b is None:
         return None, False, []
     notes, label = list[str](), first.series.label
@@ -130,10 +126,10 @@ def _compare(first: FittedSeries, line: FittedSeries, chance: float | None) -> t
         if len(common) < 2:
             return None, False, [f"No p-value: fewer than 2 of its sizes are those of {label}."]
         notes.append(f"The p-value compares it with {label} on the {len(common)} sizes that both have.")
-        a, b = (_power_law(fit.series, fit.seeds, common, chance)[0] for fit in (first, line))
+        a, b = (_power_law(fit.series, fit.seeds, common, chance)[0] for fit in (first, other))
     if a is None or b is None or not math.isfinite(a.standard_error) or not math.isfinite(b.standard_error):
         return None, False, []  # one seed and two sizes leave nothing to test with
-    paired = line.seeds == first.seeds and len(line.seeds) > 1
+    paired = other.seeds == first.seeds and len(other.seeds) > 1
     return compare_exponents(a, b, paired=paired).p_value, paired, notes
 
 
@@ -152,7 +148,7 @@ def _fit(line: Line, chance: float | None) -> FittedSeries:
     if len(xs) < 2:
         return FittedSeries(line, None, tuple(full), [*notes, "No power law: it needs 2 or more sizes."])
     fit, more = _power_law(line, full, xs, chance)
-    return FittedSeries(line, fit, tuple(full), notes + more + (_bend(fit, line, full) if fit else []))
+    return FittedSeries(line, fit, tuple(full), notes + more)
 
 
 def _power_law(
@@ -167,20 +163,3 @@ def _power_law(
         except ValueError as error:
             return None, [str(error), *(str(warning.message) for warning in caught)]
     return fit, [str(warning.message) for warning in caught]
-
-
-def _bend(fit: PowerLawFit, line: Line, seeds: Sequence[int]) -> list[str]:
-    """A note where the exponent changes with n by more than 0.1, and by more than the noise of the seeds."""
-    # Of each seed a parabola is fitted to log L against log n; a t-test asks whether the curvature is 0.
-    if len(seeds) < 2 or len(fit.n) < 3:
-        return []
-    logarithms = np.log([[line.values[seed][int(n)] for n in fit.n] for seed in seeds])  # (seeds, sizes)
-    curvatures = np.polyfit(np.log(fit.n), logarithms.T, 2)[0]  # (seeds,)
-    local = -np.diff(np.log(fit.mean_errors)) / np.diff(np.log(fit.n))
-    p_value = float(stats.ttest_1samp(curvatures, 0).pvalue)
-    if not (p_value < 0.05 and abs(local[0] - local[-1]) > 0.1):
-        return []
-    return [
-        f"The law bends: its exponent is {number_text(local[0], 2)} between the two smallest sizes and "
-        f"{number_text(local[-1], 2)} between the two largest (p = {p_value:.2g} for a straight line)."
-    ]

@@ -54,7 +54,7 @@ def exponent_cells(exponent: Exponent) -> list[str]:
     Returns:
         One text for each column of ``HEADER``.
     """
-    fit, p_value = exponent.line.fit, exponent.p_value
+    fit, p_value = exponent.fitted.fit, exponent.p_value
     sizes = [size_text(int(n)) for n in fit.n] if fit else []
     return [
         plain_text(exponent.label),
@@ -62,7 +62,7 @@ def exponent_cells(exponent: Exponent) -> list[str]:
         interval_text(fit.beta_interval) if fit else "",
         f"{fit.r_squared:.3f}" if fit else "",
         f"{len(sizes)}, {sizes[0]} to {sizes[-1]}" if sizes else "",
-        str(len(exponent.line.seeds)),
+        str(len(exponent.fitted.seeds)),
         "" if exponent.published is None else f"{exponent.published:g}",
         ""
         if p_value is None

@@ -11,6 +11,7 @@ from typing import TypeAlias
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ntk_lightning.progress import shows_bars
 from ntk_lightning.studies.cell_config import Cell
 from ntk_lightning.studies.schema import TRAINED
 
@@ -140,11 +141,10 @@ def study_progress(
         TimeElapsedColumn(),
         TextColumn("{task.fields[left]}"),
     )
-    console = Console()
-    if not (console.is_terminal or console.is_jupyter):
+    if not shows_bars():
         yield StudyProgress(name, pending, earlier, total, slots, None)
         return
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns) as bar:
         yield StudyProgress(name, pending, earlier, total, slots, bar)
 
 

@@ -44,8 +44,8 @@ def study(
     Args:
         config: Configurations; later ones change earlier ones.
         scale: One of the configuration's scales, such as "small".
-        output: Folder of results; by default runs/studies/<scale>, or <name> where
-            there is no scale. Studies in one folder share their cells and Grams.
+        output: Folder of results; by default runs/studies/<scale>, or <name> where there is no scale. Studies in one
+            folder share their cells and Grams.
         wandb: W&B project to log the study's rows to; by default none.
         resources: Where its cells run, and what each may use; by default one after another, with all CPUs.
 
@@ -75,11 +75,11 @@ def run_study(
 ) -> Path:
     """Run those cells of a study that have no result yet, and gather the table.
 
-    A finished cell is one file ``cells/<key>.parquet``, named by the content of its configuration and moved there when
-    it is complete: what is there is never computed again, in whichever study it occurs, nor written again where two
-    processes have computed it at the same time. Only a file that cannot be read is replaced. A cell notes a digest of
-    the data that it was computed from, and data that have changed since are refused. Infinite-width Grams lie in
-    ``grams``. The table ``<name>.parquet`` has one row for each fitted model (the columns of
+    A finished cell is one file ``cells/<key>.parquet``, named by what its configuration changes of the defaults and
+    moved there when it is complete: what is there is never computed again, in whichever study it occurs, nor written
+    again where two processes have computed it at the same time. Only a file that cannot be read is replaced. A cell
+    notes a digest of the data that it was computed from, and data that have changed since are refused. Infinite-width
+    Grams lie in ``grams``. The table ``<name>.parquet`` has one row for each fitted model (the columns of
     :mod:`~ntk_lightning.studies.schema`), with the study's configuration in its metadata; it is written when the study
     ends, however it ends, once it has a row.
 
@@ -112,7 +112,7 @@ def run_study(
     grams, failures = folder.resolve() / "grams", dict[str, str]()
     origin = {"git_revision": _git_revision(), "version": version("ntk_lightning")}
     try:
-        digest = set_up_data(pending or [*cells.values()], finished=not pending)
+        digest = set_up_data([*cells.values()], finished=not pending)
         _check_data(digest, [files[key] for key in finished], config)
         with writing(folder / "cells", ADVICE):
             (folder / "cells").mkdir(parents=True, exist_ok=True)

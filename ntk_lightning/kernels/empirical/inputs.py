@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from ntk_lightning.pytrees import Tree, map_tensors, named_tensors
+
 __all__ = ["Inputs"]
 
-
-@dataclass(frozen=True)
-class _Leaf:
-    """The place of a tensor among the arguments."""
-
-    index: int
+_PLACE = torch.empty(0)  # stands where a tensor goes, so that a form keeps no data
 
 
 @dataclass(frozen=True)
@@ -30,8 +26,7 @@ class Inputs:
     Args:
         leaves: All tensors, each with the n samples first.
         paths: Where each stands, as an index to be written behind the name of the inputs.
-        args: Positional arguments, with a ``_Leaf`` in place of every tensor.
-        kwargs: Keyword arguments, likewise.
+        form: The arguments as they were given, with an empty tensor in place of every tensor.
 
     Example:
         >>> x = Inputs.of((torch.ones(3, 2), {"mask": torch.zeros(3, 5)}))
@@ -41,8 +36,7 @@ class Inputs:
 
     leaves: tuple[Tensor, ...]
     paths: tuple[str, ...]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    form: Tree
 
     @classmethod
     def of(cls, x: Any) -> Inputs:  # noqa: ANN401 - whatever a network takes
@@ -59,32 +53,16 @@ class Inputs:
         """
         if isinstance(x, Inputs):
             return x
-        leaves: list[Tensor] = []
-        paths: list[str] = []
-
-        def without(value: Any, path: str) -> Any:  # noqa: ANN401
-            if isinstance(value, Tensor):
-                leaves.append(value)
-                paths.append(path)
-                return _Leaf(len(leaves) - 1)
-            return _rebuilt(value, lambda key, item: without(item, f"{path}[{key!r}]"))
-
-        args: tuple[Any, ...] = ()
-        kwargs: dict[str, Any] = {}
-        if isinstance(x, Tensor):
-            args = (without(x, ""),)
-        elif isinstance(x, Mapping):
-            kwargs = {key: without(value, f"[{key!r}]") for key, value in x.items()}
-        elif isinstance(x, tuple | list):
-            args = tuple(without(value, f"[{i}]") for i, value in enumerate(x))
-        else:
+        if not isinstance(x, Tensor | tuple | list | Mapping):
             raise TypeError(
                 f"Inputs must be a tensor, a tuple or list of arguments or a mapping of keywords, got "
                 f"{type(x).__name__}: convert arrays by torch.from_numpy."
             )
-        if not leaves or not all(isinstance(key, str) for key in kwargs):
+        found = list(named_tensors(x))
+        if not found or (isinstance(x, Mapping) and not all(isinstance(key, str) for key in x)):
             raise TypeError("Inputs must hold at least one tensor, and the keywords of a mapping must be strings.")
-        return cls(tuple(leaves), tuple(paths), args, kwargs)
+        paths, leaves = zip(*found, strict=True)
+        return cls(leaves, paths, map_tensors(lambda _: _PLACE, x))
 
     def __len__(self) -> int:
         return len(self.leaves[0])
@@ -129,27 +107,8 @@ class Inputs:
 
     def arguments(self, leaves: tuple[Tensor, ...] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of a network."""
-        tensors = self.leaves if leaves is None else leaves
-
-        def filled(value: Any) -> Any:  # noqa: ANN401
-            if isinstance(value, _Leaf):
-                return tensors[value.index]
-            return _rebuilt(value, lambda _, item: filled(item))
-
-        return tuple(map(filled, self.args)), {key: filled(value) for key, value in self.kwargs.items()}
-
-
-def _rebuilt(value: Any, change: Callable[[Any, Any], Any]) -> Any:  # noqa: ANN401
-    """A tuple, list or mapping of the same kind with changed items; anything else as it is."""
-    if isinstance(value, Mapping):
-        items = {key: change(key, item) for key, item in value.items()}
-        if type(value) is dict or not isinstance(value, MutableMapping):
-            return items
-        same = copy.copy(value)  # a transformers BatchEncoding, for example
-        for key, item in items.items():
-            same[key] = item
-        return same
-    if isinstance(value, tuple | list):
-        changed = [change(i, item) for i, item in enumerate(value)]
-        return type(value)(*changed) if hasattr(value, "_fields") else type(value)(changed)
-    return value
+        tensors = iter(self.leaves if leaves is None else leaves)
+        filled = map_tensors(lambda _: next(tensors), self.form)
+        if isinstance(filled, Tensor):
+            return (filled,), {}
+        return ((), dict(filled)) if isinstance(filled, Mapping) else (tuple(filled), {})

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
 from ntk_lightning.kernels.checks import check_inputs
+from ntk_lightning.kernels.grams.agreement import agree_on_kernel, agree_on_tensors
 from ntk_lightning.kernels.grams.gram_and_cross import GramAndCross, Kernel, gram_and_cross
+from ntk_lightning.pytrees import named_tensors
 
 __all__ = [
     "distributed_cross",
@@ -28,11 +31,12 @@ def distributed_gram_and_cross(local: GramAndCross) -> GramAndCross:
     """Divide the two matrices of a fit among the ranks of the default process group.
 
     Every rank computes a block of columns, of the Gram only the lower half; all blocks have equal area. The function
-    that is returned is called on every rank, with the same inputs. An error on one rank ends the call on all, with one
-    of its kind.
+    that is returned is called on every rank, with the same inputs, which checksums compare. An error on one rank ends
+    the call on all, with one of its kind.
 
     Args:
-        local: Computes the matrices in one process, the same ones on every rank.
+        local: Computes the matrices in one process, the same ones on every rank; where they are a network's, call
+            :func:`~ntk_lightning.kernels.grams.agreement.agree_on_kernel` before.
 
     Returns:
         A function with the values of ``local``, to rounding and in its dtype; without a process group, exactly those.
@@ -49,6 +53,7 @@ def distributed_gram_and_cross(local: GramAndCross) -> GramAndCross:
         rank, ranks = rank_and_world_size()
         if ranks == 1:
             return local(x_train, *x_others)
+        _agree_on_inputs(x_train, *x_others)
         n = len(x_train)
 
         def pieces() -> list[_Piece]:
@@ -85,6 +90,9 @@ def _column(n: int, m: int, share: float) -> int:
 def distributed_gram(kernel: Kernel, x: Tensor, *, progress: bool = False) -> Tensor:
     """Compute a symmetric Gram on all ranks of the default process group together.
 
+    Checksums compare the inputs and the parameters of a kernel that is an ``nn.Module``; its buffers become those of
+    rank zero.
+
     Args:
         kernel: The same on every rank.
         x: Inputs (n, ...), the same on every rank.
@@ -95,6 +103,7 @@ def distributed_gram(kernel: Kernel, x: Tensor, *, progress: bool = False) -> Te
     """
     if rank_and_world_size()[1] == 1:
         return kernel(x, progress=progress)
+    agree_on_kernel(kernel)
     (gram,) = distributed_gram_and_cross(gram_and_cross(kernel, progress=progress))(x)
     return gram
 
@@ -102,7 +111,8 @@ def distributed_gram(kernel: Kernel, x: Tensor, *, progress: bool = False) -> Te
 def distributed_cross(kernel: Kernel, x1: Tensor, x2: Tensor, *, progress: bool = False) -> Tensor:
     """Compute the kernel of two sets on all ranks of the default process group together, each a block of rows.
 
-    Call it on every rank. An error on one rank ends the call on all, with one of its kind.
+    Call it on every rank. An error on one rank ends the call on all, with one of its kind. Inputs and kernel are
+    compared as for :func:`distributed_gram`.
 
     Args:
         kernel: The same on every rank.
@@ -116,6 +126,8 @@ def distributed_cross(kernel: Kernel, x1: Tensor, x2: Tensor, *, progress: bool 
     rank, ranks = rank_and_world_size()
     if ranks == 1:
         return kernel(x1, x2, progress=progress)
+    _agree_on_inputs(x1, x2)
+    agree_on_kernel(kernel)
     rows = slice(*(round(len(x1) * r / ranks) for r in (rank, rank + 1)))
 
     def pieces() -> list[_Piece]:
@@ -123,6 +135,19 @@ def distributed_cross(kernel: Kernel, x1: Tensor, x2: Tensor, *, progress: bool 
         return [(0, rows, slice(None), kernel(x1[rows], x2, progress=progress))] if len(x1[rows]) else []
 
     return _exchange(pieces, [(len(x1), len(x2))], x1.device)[0]
+
+
+def _agree_on_inputs(*inputs: Tensor) -> None:
+    """Raise on all ranks where their inputs differ, before anything is computed."""
+    agree_on_tensors(
+        dict(itertools.chain.from_iterable(_tensors(x, f"inputs {i}") for i, x in enumerate(inputs, 1))),
+        "every process must pass the same samples in the same order, so seed whatever draws or splits them.",
+    )
+
+
+def _tensors(x: object, name: str) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a network's arguments, which EmpiricalNTK hands over as one object that can be cut."""
+    return named_tensors(getattr(x, "leaves", x), name)
 
 
 def _exchange(

@@ -6,28 +6,36 @@ architecture in the keys of stored Grams.
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ntk_lightning.networks import Erf, NTKConv2d, NTKLinear, Residual
+from ntk_lightning.kernels.infinite.activations import ACTIVATIONS, Activation, read_activation
+from ntk_lightning.networks import NTKConv2d, NTKLinear, Residual
 
 __all__ = ["Activation", "Conv", "Flatten", "GlobalAvgPool", "Layer", "Linear", "Pool", "Sum", "check_shape", "parse"]
 
-_SUPPORTED = (
-    "NTKLinear, NTKConv2d, nn.ReLU, nn.LeakyReLU, nn.GELU (exact), Erf, nn.Identity, nn.AvgPool2d without padding, "
-    "nn.AdaptiveAvgPool2d(1), nn.Flatten, Residual and nn.Sequential of these"
-)
-_CLASSES = (
-    *(nn.Sequential, Residual, NTKLinear, NTKConv2d, nn.ReLU, nn.LeakyReLU, nn.GELU, Erf),
-    *(nn.Identity, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten),
-)
+_CLASSES = nn.Sequential, Residual, NTKLinear, NTKConv2d, nn.Identity, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """Where an affine layer stands and what fits it; None where that is not known.
+
+    Widths are no part of the limit, so none of this is part of a layer's ``repr`` or of its equality.
+    """
+
+    path: str = field(default="", repr=False, compare=False)
+    fan_in: int | None = field(default=None, repr=False, compare=False)  # features or channels of its input
+    fan_out: int | None = field(default=None, repr=False, compare=False)  # and of its output
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(_Sizes):
     """Fully connected layer: weight_std^2 K + bias_std^2."""
 
     weight_std: float
@@ -35,7 +43,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Conv:
+class Conv(_Sizes):
     """Square convolution with ``pad`` zeros on each side."""
 
     kernel_size: int
@@ -43,14 +51,6 @@ class Conv:
     stride: int
     weight_std: float
     bias_std: float
-
-
-@dataclass(frozen=True)
-class Activation:
-    """Pointwise nonlinearity: "relu" (with the slope of its negative half), "erf" or "gelu"."""
-
-    name: str
-    negative_slope: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,10 @@ def parse(net: nn.Module) -> tuple[Layer, ...]:
 
 def _translate(module: nn.Module | None, path: str, owners: dict[int, str]) -> list[Layer]:
     """Translate one module; ``owners`` are the paths of the parameters found so far, by id."""
-    if isinstance(module, _CLASSES):
-        _check_unchanged(module, path)
+    module = _uncompiled(module, path)
+    known = _known_class(module)
+    if module is not None and known is not None:
+        _check_unchanged(module, known, path)
         for parameter in module.parameters(recurse=False):
             if id(parameter) in owners:
                 raise TypeError(
@@ -120,17 +122,13 @@ def _translate(module: nn.Module | None, path: str, owners: dict[int, str]) -> l
             children = module._modules.items()  # unlike named_children(), with every use of a module
             return [layer for name, child in children for layer in _translate(child, f"{path}.{name}", owners)]
         case NTKLinear():
-            return [Linear(module.weight_std, module.bias_std)]
+            fans = module.in_features, module.out_features
+            return [Linear(module.weight_std, module.bias_std, path=path, fan_in=fans[0], fan_out=fans[1])]
         case NTKConv2d():
-            return [Conv(module.kernel_size, module.pad, module.stride, module.weight_std, module.bias_std)]
-        case nn.ReLU():
-            return [Activation("relu")]
-        case nn.LeakyReLU():
-            return [Activation("relu", module.negative_slope)]
-        case nn.GELU(approximate="none"):
-            return [Activation("gelu")]
-        case Erf():
-            return [Activation("erf")]
+            numbers = module.kernel_size, module.pad, module.stride, module.weight_std, module.bias_std
+            return [Conv(*numbers, path=path, fan_in=module.in_channels, fan_out=module.out_channels)]
+        case nn.Module() if activation := read_activation(module):
+            return [activation]
         case nn.Identity():
             return []
         case nn.AvgPool2d(padding=0 | (0, 0), ceil_mode=False, divisor_override=None):
@@ -145,20 +143,46 @@ def _translate(module: nn.Module | None, path: str, owners: dict[int, str]) -> l
                 for name, branch in (("body", module.body), ("shortcut", module.shortcut))
             )
             return [Sum(body, shortcut)]
-    raise TypeError(f"{path} is {module}, which has no infinite-width kernel here. Supported: {_SUPPORTED}.")
+    raise TypeError(f"{path} is {module}, which has no infinite-width kernel here. Supported: {_supported()}.")
 
 
-def _check_unchanged(module: nn.Module, path: str) -> None:
-    """Check that a module computes what its class of ``_CLASSES`` does."""
-    known = next(kind for kind in _CLASSES if isinstance(module, kind))
+def _uncompiled(module: nn.Module | None, path: str) -> nn.Module | None:
+    """The module in the wrapper of torch.compile, which computes the same."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # not loaded before something is compiled
+    while dynamo is not None and isinstance(module, dynamo.OptimizedModule):
+        _check_hooks(module, path, "compiled module")
+        module = module._orig_mod
+    return module
+
+
+def _supported() -> str:
+    """The supported layers in words."""
+    return (
+        f"NTKLinear, NTKConv2d, {', '.join(row.words for row in ACTIVATIONS.values())}, nn.Identity, nn.AvgPool2d "
+        "without padding, nn.AdaptiveAvgPool2d(1), nn.Flatten, Residual and nn.Sequential of these"
+    )
+
+
+def _known_class(module: nn.Module | None) -> type[nn.Module] | None:
+    """The supported class that a module is an instance of."""
+    classes = (*_CLASSES, *(kind for row in ACTIVATIONS.values() for kind in row.modules))
+    return next((kind for kind in classes if isinstance(module, kind)), None)
+
+
+def _check_unchanged(module: nn.Module, known: type[nn.Module], path: str) -> None:
+    """Check that a module computes what its supported class does."""
     if getattr(module.forward, "__func__", None) is not known.forward:
         raise TypeError(
             f"{path} is a {type(module).__name__} with a forward of its own, not that of {known.__name__}: its "
-            f"infinite-width kernel is unknown. Build it of supported layers: {_SUPPORTED}."
+            f"infinite-width kernel is unknown. Build it of supported layers: {_supported()}."
         )
+    _check_hooks(module, path, known.__name__)
+
+
+def _check_hooks(module: nn.Module, path: str, kind: str) -> None:
     if module._forward_hooks or module._forward_pre_hooks or is_parametrized(module):
         raise TypeError(
-            f"{path} has forward hooks or parametrizations, which can change what a {known.__name__} computes: remove "
+            f"{path} has forward hooks or parametrizations, which can change what a {kind} computes: remove "
             "them, or make the kernel of a network without."
         )
 
@@ -201,19 +225,29 @@ def _check_gaussian(layers: Sequence[Layer], gaussian: bool, flat: bool) -> tupl
     return gaussian, flat
 
 
-def check_shape(layers: Sequence[Layer], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Follow the shape of one input through the layers.
+def check_shape(
+    layers: Sequence[Layer], shape: tuple[int, ...] | None, channels: int | None = None
+) -> tuple[int, ...] | None:
+    """Follow one input through the layers, as the network would, and refuse what it would refuse.
 
     Args:
         layers: From :func:`parse`.
-        shape: Spatial shape: (H, W) in pixels for images, () for vectors.
+        shape: Spatial shape: (H, W) in pixels for images, () for vectors; None where it is not known.
+        channels: Channels of images or features of vectors; None where they are not known.
 
     Returns:
-        The spatial shape after the layers, () for a vector.
+        The spatial shape after the layers, () for a vector, None where it is not known.
 
     Raises:
-        ValueError: A layer cannot take what reaches it; the message gives the shape there.
+        ValueError: A layer cannot take what reaches it; the message gives what does.
     """
+    return _follow(layers, shape, channels)[0]
+
+
+def _follow(
+    layers: Sequence[Layer], shape: tuple[int, ...] | None, channels: int | None
+) -> tuple[tuple[int, ...] | None, int | None]:
+    """Spatial shape and channels after the layers; None where one is not known."""
     for layer in layers:
         match layer:
             case Linear():
@@ -221,13 +255,18 @@ def check_shape(layers: Sequence[Layer], shape: tuple[int, ...]) -> tuple[int, .
                     raise ValueError(
                         f"NTKLinear needs a vector, but {shape[0]}x{shape[1]} pixels reach it: add nn.Flatten."
                     )
-            case Conv() | Pool() | GlobalAvgPool() if not shape:
+                _check_fan_in(layer, channels, "in_features", "features", "its inputs have another size")
+                shape, channels = (), layer.fan_out
+            case Conv() | Pool() | GlobalAvgPool() if shape == ():
                 raise ValueError(f"{layer} needs an image, but a vector reaches it: give inputs of shape (n, C, H, W).")
             case Conv(kernel_size, pad, stride):
-                shape = tuple((side + 2 * pad - kernel_size) // stride + 1 for side in shape)
-                if min(shape) < 1:
-                    raise ValueError(f"{layer} leaves no pixel: the image is too small for this network.")
-            case Pool(kernel_size, stride):
+                _check_fan_in(layer, channels, "in_channels", "channels", "images must be (n, C, H, W)")
+                channels = layer.fan_out
+                if shape is not None:
+                    shape = tuple((side + 2 * pad - kernel_size) // stride + 1 for side in shape)
+                    if min(shape) < 1:
+                        raise ValueError(f"{layer} leaves no pixel: the image is too small for this network.")
+            case Pool(kernel_size, stride) if shape is not None:
                 if any(side < kernel_size or (side - kernel_size) % stride for side in shape):
                     raise ValueError(
                         f"Average pooling of {kernel_size}x{kernel_size} with stride {stride} does not divide the "
@@ -237,10 +276,20 @@ def check_shape(layers: Sequence[Layer], shape: tuple[int, ...]) -> tuple[int, .
             case GlobalAvgPool():
                 shape = (1, 1)
             case Flatten():
+                channels = None if channels is None or shape is None else channels * math.prod(shape)
                 shape = ()
             case Sum(body, shortcut):
-                sums = check_shape(body, shape), check_shape(shortcut, shape)
-                if sums[0] != sums[1]:
-                    raise ValueError(f"The branches of a Residual end in different shapes, {sums[0]} and {sums[1]}.")
-                shape = sums[0]
-    return shape
+                (shape1, channels1), (shape2, channels2) = (_follow(b, shape, channels) for b in (body, shortcut))
+                for what, end1, end2 in (("shapes", shape1, shape2), ("channels", channels1, channels2)):
+                    if None not in (end1, end2) and end1 != end2:
+                        raise ValueError(f"The branches of a Residual end in different {what}, {end1} and {end2}.")
+                shape = shape2 if shape1 is None else shape1
+                channels = channels2 if channels1 is None else channels1
+    return shape, channels
+
+
+def _check_fan_in(layer: Linear | Conv, given: int | None, name: str, unit: str, hint: str) -> None:
+    if None not in (given, layer.fan_in) and given != layer.fan_in:
+        raise ValueError(
+            f"{layer.path} has {name}={layer.fan_in}, but {given} {unit} reach it: set {name}={given}, or {hint}."
+        )

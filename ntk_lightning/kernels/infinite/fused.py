@@ -33,19 +33,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ntk_lightning.kernels.infinite.architecture import Activation, Conv, Flatten, GlobalAvgPool, Layer, Linear, Pool
-from ntk_lightning.kernels.infinite.reference import dual_activation
+from ntk_lightning.kernels.infinite.activations import ACTIVATIONS, Activation, dual_activation
+from ntk_lightning.kernels.infinite.architecture import Conv, Flatten, GlobalAvgPool, Layer, Linear, Pool
 
-__all__ = ["Plan", "Step", "finish", "near_duplicates", "pixel_variances", "plan", "saturates", "unsupported", "window"]
+__all__ = [
+    "Convolution",
+    "Plan",
+    "finish",
+    "near_duplicates",
+    "pixel_variances",
+    "plan",
+    "saturates",
+    "unsupported",
+    "window",
+]
 
 _VARIANCE_BLOCK_BYTES = 2**22
 _DISTANCE_ROWS = 256
-_SATURATED = 100.0  # variance before an erf above which float32 does not hold the covariance of its derivatives
 
 
 @dataclass(frozen=True)
-class Step:
-    """K <- weight_variance * (sum over 3x3 shifts of K) + bias_variance, then maybe an activation."""
+class Convolution:
+    """A 3x3 convolution, K <- weight_variance * (sum over shifts of K) + bias_variance, and the activation after it."""
 
     weight_variance: float
     bias_variance: float
@@ -60,7 +69,7 @@ class Plan:
     pooling) where False.
     """
 
-    levels: tuple[tuple[Step, ...], ...]
+    levels: tuple[tuple[Convolution, ...], ...]
     flat: bool
     head: tuple[Linear | Activation, ...]
 
@@ -82,18 +91,19 @@ def window(level: int, last: int) -> int:
     return int(2 ** (last - level) - 1)
 
 
-def unsupported(layers: Sequence[Layer], shape: tuple[int, ...]) -> str | None:
-    """Tell why the layers cannot run on offset planes.
+def unsupported(layers: Sequence[Layer], shape: tuple[int, ...], backend: str) -> str | None:
+    """Tell why the layers cannot run on a compiled backend.
 
     Args:
         layers: From :func:`ntk_lightning.kernels.infinite.architecture.parse`, with shapes checked.
         shape: Spatial shape of the inputs: (H, W) in pixels, () for vectors.
+        backend: "cpu" or "cuda".
 
     Returns:
         A clause about the network that names the obstacle, or None where there is none.
 
     Example:
-        >>> unsupported([Linear(1.0, 0.0)], ())
+        >>> unsupported([Linear(1.0, 0.0)], (), "cpu")
         'its inputs are vectors, not images'
     """
     if len(shape) != 2:
@@ -102,16 +112,18 @@ def unsupported(layers: Sequence[Layer], shape: tuple[int, ...]) -> str | None:
     previous: Layer | None = None
     for layer in layers:
         match layer:
+            case Activation(name) if name not in ACTIVATIONS or backend not in ACTIVATIONS[name].compiled:
+                return f"the {backend} kernel does not have the activation {name}"
             case Pool() if previous is None:
                 return "it pools the images: pool them before"
             case Conv(kernel_size=3, pad=1, stride=1) | Pool(kernel_size=2, stride=2) if not flat:
                 pass
-            case Activation() if flat or isinstance(previous, Conv):
-                pass
-            case Activation():
+            case Activation() if not flat and not isinstance(previous, Conv):
                 return f"in it {layer} does not directly follow a convolution"
             case GlobalAvgPool() | Flatten():
                 flat = True
+            case Activation():
+                pass
             case Linear() if flat:
                 pass
             case _:
@@ -136,14 +148,14 @@ def plan(layers: Sequence[Layer]) -> Plan:
         [2, 1, 1]
     """
     end = next(i for i, layer in enumerate(layers) if isinstance(layer, GlobalAvgPool | Flatten))
-    levels: list[list[Step]] = [[]]
+    levels: list[list[Convolution]] = [[]]
     for layer in layers[:end]:
         match layer:
             case Conv():
-                levels[-1].append(Step((layer.weight_std / 3) ** 2, layer.bias_std**2, None))
+                levels[-1].append(Convolution((layer.weight_std / 3) ** 2, layer.bias_std**2, None))
             case Activation():
                 last = levels[-1].pop()
-                levels[-1].append(Step(last.weight_variance, last.bias_variance, layer))
+                levels[-1].append(Convolution(last.weight_variance, last.bias_variance, layer))
             case Pool():
                 levels.append([])
     head = tuple(layer for layer in layers[end:] if isinstance(layer, Linear | Activation))
@@ -216,14 +228,14 @@ def near_duplicates(x1: Tensor, x2: Tensor, distance: float) -> Iterator[tuple[i
 
 
 def saturates(network: Plan, x: Tensor) -> bool:
-    """Tell whether images are so bright that an erf is nearly a step, for which correlations near one need float64.
+    """Tell whether images are so bright that float32 does not hold an activation's derivative: an erf is nearly a step.
 
     Args:
         network: From :func:`plan`.
         x: Images (n, C, H, W).
 
     Returns:
-        Whether a bound on the variance before an erf, from the brightest pixel on, is above 100.
+        Whether a bound on the variance before an activation, from the brightest pixel on, is above its limit.
 
     Example:
         >>> from ntk_lightning.kernels.infinite.architecture import parse
@@ -233,15 +245,13 @@ def saturates(network: Plan, x: Tensor) -> bool:
         [False, True]
     """
     bound = float(x.square().mean(1).max())
-    for step in chain(*network.levels):
-        bound = 9 * step.weight_variance * bound + step.bias_variance
-        match step.activation:
-            case Activation("erf"):
-                if bound > _SATURATED:
-                    return True
-                bound = 1.0
-            case Activation("relu", slope):
-                bound *= max(1.0, slope**2)
+    for convolution in chain(*network.levels):
+        bound = 9 * convolution.weight_variance * bound + convolution.bias_variance
+        if convolution.activation:
+            row = ACTIVATIONS[convolution.activation.name]
+            if bound > row.float32_variance:
+                return True
+            bound = row.variance(bound, convolution.activation)
     return False
 
 
@@ -265,7 +275,7 @@ def pixel_variances(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:
         [(2, 8, 8), (2, 4, 4), (2, 2, 2), (2, 1, 1)]
     """
     network = plan(layers)
-    active = [i for i, level in enumerate(network.levels) if any(step.activation for step in level)]
+    active = [i for i, level in enumerate(network.levels) if any(convolution.activation for convolution in level)]
     if not active:
         return []
     offsets = 2 * window(0, active[-1]) + 1
@@ -278,15 +288,18 @@ def _pixel_variances(network: Plan, last: int, x: Tensor) -> list[Tensor]:
     r, (height, width) = window(0, last), x.shape[-2:]
     k = torch.einsum("nchw,ncuvhw->nuvhw", x, _shifted(x, r)) / x.shape[1]
     variances = []
-    for level, steps in enumerate(network.levels[: last + 1]):
+    for level, convolutions in enumerate(network.levels[: last + 1]):
         inside = _shifted(k.new_ones(height, width), r)
-        for step in steps:
+        for convolution in convolutions:
             k = F.avg_pool2d(k.flatten(0, 2)[:, None], 3, 1, 1)[:, 0].unflatten(0, k.shape[:3])
-            k = (9 * step.weight_variance * k + step.bias_variance) * inside
-            if step.activation:
+            k = (9 * convolution.weight_variance * k + convolution.bias_variance) * inside
+            if convolution.activation:
                 variance = k[:, r, r].clamp_min(0)  # where pooling cancels, rounding may leave less
                 variances.append(variance)
-                k = dual_activation(step.activation, k, variance[:, None, None], _shifted(variance, r))[0] * inside
+                k = (
+                    dual_activation(convolution.activation, k, variance[:, None, None], _shifted(variance, r))[0]
+                    * inside
+                )
         if level < last:
             k = _pool(_pool(k, 1, 3), 2, 4) / 16
             r, height, width = r // 2, height // 2, width // 2

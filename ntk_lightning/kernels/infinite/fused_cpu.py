@@ -27,7 +27,8 @@ from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from ntk_lightning.kernels.infinite import fused_cpu_numba
-from ntk_lightning.kernels.infinite.architecture import Activation, Layer
+from ntk_lightning.kernels.infinite.activations import ROUNDING, Activation
+from ntk_lightning.kernels.infinite.architecture import Layer
 from ntk_lightning.kernels.infinite.fused import Plan, finish, near_duplicates, plan, saturates, window
 from ntk_lightning.kernels.infinite.fused_cpu_simd import LANES
 
@@ -48,13 +49,27 @@ def _record(names: str, kind: type) -> list[tuple[str, type]]:
     return [(name, kind) for name in names.split()]
 
 
+# What the compiled code knows of a level. A "span" is the room of one tile with a border of zeros on both sides.
 _LEVEL = np.dtype(
-    _record("height width rows lanes neighbour lanes1 first count window", np.int64)
-    + _record("deep cut scratch span store store_gap", np.int64)
-    + _record("tiny", np.float64)
+    _record("height width", np.int64)  # pixels of an image at this level
+    + _record("rows pitch", np.int64)  # of a tile: rows, and entries of each, whole vectors
+    + _record("left_pitch", np.int64)  # entries of a row of the left image
+    + _record("neighbour", np.int64)  # from an entry of a tile to the next one on its diagonal
+    + _record("first count", np.int64)  # its convolutions
+    + _record("window", np.int64)  # the largest vertical offset that is needed
+    + _record("deep", np.int64)  # whether it is computed in float64, in a buffer of its own
+    + _record("masks", np.int64)  # in the buffer: 0 where a row's pixel has no left, and then no right, neighbour
+    + _record("scratch span", np.int64)  # in the buffer: two times two tiles, then four of each convolution
+    + _record(
+        "store store_gap", np.int64
+    )  # in the buffer: the tiles that pooling leaves, and the way to those of the NTK
+    + _record("tiny", np.float64)  # correlations within it of 1 count as 1
 )
-_STEP = np.dtype(_record("kind at1 at2", np.int64) + _record("weight bias odd even", np.float64))
-_RUN = np.dtype(_record("channels flat every fields", np.int64))
+_CONVOLUTION = np.dtype(
+    _record("kind left right", np.int64)  # of its activation: number, and place of what it needs of a pixel
+    + _record("weight bias odd even", np.float64)  # K <- weight * sum + bias; phi(u) = sqrt(odd) u + sqrt(even) |u|
+)
+_RUN = np.dtype(_record("channels flat every fields", np.int64))  # every: the mean is over all pairs of pixels
 
 
 class _Program:
@@ -75,47 +90,66 @@ class _Program:
         channels, height, width = shape
         self.images, self.flat = images, reach[0] == 0
         self.dtypes = np.dtype(dtype), np.dtype(np.float64)
+        # Of an image, (rows, width) of its pixels and of the numbers of each activation, in either precision.
         self.tables: tuple[list[tuple[int, int]], ...] = ([(channels * height, width)], [])
-        lanes1, lanes = self._lanes(width)
-        sizes, at = [[channels * height * lanes1, channels * height * lanes], [0, 0]], [lanes + LANES] * 2
-        rounding = float(np.finfo(self.dtypes[0]).eps)
-        levels: list[tuple[float, ...]] = []
-        steps: list[tuple[float, ...]] = []
-        cuts = []
-        for depth, offset in enumerate(reach):
+        self.levels = np.zeros(len(reach), _LEVEL)
+        self.convolutions = np.zeros(sum(map(len, network.levels[: len(reach)])), _CONVOLUTION)
+        left_pitch, pitch = self._pitches(width)
+        # Entries so far: of a left and of a right image, and of the work buffer, which begins with a row for sums.
+        sizes, used = [[channels * height * left_pitch, channels * height * pitch], [0, 0]], [pitch + LANES] * 2
+        first = 0
+        for depth, (level, offset) in enumerate(zip(self.levels, reach, strict=True)):
+            # Pooling halves the sides. The small levels, which are cheap, are computed in float64.
             height, width = shape[1] >> depth, shape[2] >> depth
             deep = int(depth >= _DEEP or (depth > 0 and height * width <= _FEW))
-            lanes1, lanes = self._lanes(width)
-            rows, border, first = 1 if self.flat else width, lanes + LANES, len(steps)
-            for step in network.levels[depth]:
-                kind, slope, places = fused_cpu_numba.LINEAR, 0.0, tuple(sizes[deep])
-                if step.activation:
-                    kind, slope = _KINDS[step.activation.name], step.activation.negative_slope
+            left_pitch, pitch = self._pitches(width)
+            level["height"], level["width"], level["deep"] = height, width, deep
+            level["rows"], level["pitch"], level["left_pitch"] = 1 if self.flat else width, pitch, left_pitch
+            level["neighbour"] = 1 if self.flat else pitch + 1
+            level["window"], level["tiny"] = min(offset, height - 1), self._tiny(bool(deep), channels)
+            level["first"], level["count"] = first, len(network.levels[depth])
+            # An activation's two numbers a pixel lie behind those of the activations before.
+            for record, convolution in zip(self.convolutions[first:], network.levels[depth], strict=False):
+                record["weight"], record["bias"] = convolution.weight_variance, convolution.bias_variance
+                record["kind"], (record["left"], record["right"]) = fused_cpu_numba.LINEAR, sizes[deep]
+                if convolution.activation:
+                    slope = convolution.activation.negative_slope
+                    record["kind"] = _kind(convolution.activation)
+                    record["odd"], record["even"] = ((1 + slope) / 2) ** 2, ((1 - slope) / 2) ** 2
                     self.tables[deep].append((2 * height, width))
-                    sizes[deep] = [size + 2 * height * n for size, n in zip(places, (lanes1, lanes), strict=True)]
-                odd, even = ((1 + slope) / 2) ** 2, ((1 - slope) / 2) ** 2
-                steps.append((kind, *places, step.weight_variance, step.bias_variance, odd, even))
-            cut, column = at[deep], np.arange(lanes) % width
-            cuts.append((deep, cut, np.concatenate([column > 0, column < width - 1])))
-            scratch, span, count = cut + 2 * lanes + border, rows * lanes + 2 * border, len(steps) - first
-            store = scratch + (4 + 4 * count) * span
-            store_gap = height**2 * (rows + 1) * lanes + 2 * border if depth else 0
-            at[deep] = store + 2 * store_gap
-            neighbour, tiny = 1 if self.flat else lanes + 1, rounding * (0.01 if deep else 1.1)
-            numbers = height, width, rows, lanes, neighbour, lanes1, first, count, min(offset, height - 1)
-            levels.append((*numbers, deep, cut, scratch, span, store, store_gap, tiny))
+                    sizes[deep] = [
+                        n + 2 * height * row for n, row in zip(sizes[deep], self._pitches(width), strict=True)
+                    ]
+            first += len(network.levels[depth])
+            # The level's part of the work buffer: two masks, scratch tiles, and what pooling stores: one tile for each
+            # pair of rows (y, y'), and between tiles a row of zeros, the neighbours beyond their first and last rows.
+            border = pitch + LANES
+            level["masks"] = used[deep]
+            level["scratch"] = level["masks"] + 2 * pitch + border
+            level["span"] = level["rows"] * pitch + 2 * border
+            level["store"] = level["scratch"] + (4 + 4 * level["count"]) * level["span"]
+            level["store_gap"] = height**2 * (level["rows"] + 1) * pitch + 2 * border if depth else 0
+            used[deep] = int(level["store"] + 2 * level["store_gap"])
         every = self.flat or reach[-1] > 0
-        self.levels, self.steps = np.array(levels, _LEVEL), np.array(steps, _STEP)
-        self.runs = np.array([(channels, self.flat, every, fields)], _RUN)
+        self.run = np.array([(channels, self.flat, every, fields)], _RUN)
         self.pixels = (height * width) ** (1 if reach[-1] == 0 else 2)
-        self.work = tuple(np.zeros(size, dtype) for size, dtype in zip(at, self.dtypes, strict=True))
-        for deep, cut, mask in cuts:
-            self.work[deep][cut : cut + len(mask)] = mask
+        self.work = tuple(np.zeros(size, dtype) for size, dtype in zip(used, self.dtypes, strict=True))
+        for level in self.levels:
+            column = np.arange(level["pitch"]) % level["width"]
+            masks = np.concatenate([column > 0, column < level["width"] - 1])
+            self.work[level["deep"]][level["masks"] : level["masks"] + len(masks)] = masks
 
-    def _lanes(self, width: int) -> tuple[int, int]:
+    def _pitches(self, width: int) -> tuple[int, int]:
         """Entries of a row of the left image, read one by one where tiles have rows, and of the right ones."""
-        lanes = _whole_vectors(self.images * width)
-        return lanes if self.flat else width, lanes
+        pitch = _whole_vectors(self.images * width)
+        return pitch if self.flat else width, pitch
+
+    def _tiny(self, deep: bool, channels: int) -> float:
+        """Distance from 1 at which a correlation counts as 1: the rounding of its covariances, from the pixels on."""
+        rounding = float(np.finfo(self.dtypes[0]).eps)
+        if self.dtypes[0] == np.float64:
+            return (ROUNDING + math.sqrt(channels)) * rounding
+        return rounding * (0.01 if deep else 1.1)
 
     def new_tables(self, n: int) -> Arrays:
         """Zeros for the pixels of n images and what their activations need, (n, entries)."""
@@ -154,11 +188,11 @@ class _Program:
     def means(self, left: Arrays, right: Arrays, itself: bool = False, triangle: bool = False) -> Tensor:
         """Means over pixels of NNGP and NTK at the last level, (left images, right images, 2) in float64."""
         sums = np.zeros((len(left[0]), 1 if itself else len(right[0]) * self.images, 2))
-        work, deep_work = (_aligned(work) for work in self.work)
-        fused_cpu_numba.run_block(
-            *(work, left[0], right[0], deep_work, left[1], right[1]),
-            *(self.levels, self.steps, self.runs, itself, triangle, sums),
+        first, deep = (
+            fused_cpu_numba.Buffers(_aligned(work), *sides) for work, *sides in zip(self.work, left, right, strict=True)
         )
+        records = fused_cpu_numba.Records(self.levels, self.convolutions, self.run)
+        fused_cpu_numba.run_block(first, deep, records, itself, triangle, sums)
         return torch.from_numpy(sums / self.pixels)
 
 
@@ -260,7 +294,7 @@ def _with_itself(network: Plan, x: Tensor, fields: int, whole: bool) -> tuple[Ar
     n, channels, height, width = x.shape
     levels = len(network.levels)
     if not whole:
-        levels = max((i + 1 for i, level in enumerate(network.levels) if any(s.activation for s in level)), default=1)
+        levels = max((i + 1 for i, level in enumerate(network.levels) if any(c.activation for c in level)), default=1)
     reach = _reach(network, levels, network.flat or not whole)
     pixels = x.detach().numpy().reshape(n, -1)
     program = _Program(network, (channels, height, width), pixels.dtype, 1, fields, reach)
@@ -282,6 +316,13 @@ def _with_itself(network: Plan, x: Tensor, fields: int, whole: bool) -> tuple[Ar
     return tables, own
 
 
+def _kind(activation: Activation) -> int:
+    """Number of an activation in the compiled code."""
+    if activation.name not in _KINDS:
+        raise NotImplementedError(f"The CPU kernel has no activation {activation.name!r}.")
+    return _KINDS[activation.name]
+
+
 def _reach(network: Plan, levels: int, diagonal: bool) -> list[int]:
     """Offsets that are needed at each of the first levels, for offset 0 at the last of them or for all offsets."""
     return [window(level, levels - 1) if diagonal else _ALL for level in range(levels)]
@@ -291,8 +332,8 @@ def _side_by_side(width: int, rows: int, available: int) -> int:
     """How many images stand in a row: with the least padding, and then in tiles that suit the cache best."""
 
     def cost(images: int) -> tuple[float, float]:
-        lanes = _whole_vectors(images * width)
-        return lanes / (images * width), abs(math.log(rows * lanes / _TILE))
+        pitch = _whole_vectors(images * width)
+        return pitch / (images * width), abs(math.log(rows * pitch / _TILE))
 
     return min(range(1, max(1, min(available, 2 * _TILE // (rows * width))) + 1), key=cost)
 

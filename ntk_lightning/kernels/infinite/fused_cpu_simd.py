@@ -30,6 +30,7 @@ __all__ = [
     "even_odd",
     "load",
     "polynomial",
+    "positive",
     "sqrt",
     "store",
     "zeros",
@@ -206,6 +207,11 @@ copysign = _llvm("copysign", 2)
 
 above = _elementwise(lambda builder, a, bound, other: builder.select(builder.fcmp_ordered(">", a, bound), a, other), 3)
 """above(a, bound, other): a where a > bound, else other."""
+
+positive = _elementwise(
+    lambda builder, a, b, c: builder.select(builder.fcmp_ordered(">", a, ir.Constant(a.type, [0.0] * LANES)), b, c), 3
+)
+"""positive(a, b, c): b where a > 0, else c."""
 
 
 def _even_odd(typing_context: Any, a: Any, b: Any) -> Any:

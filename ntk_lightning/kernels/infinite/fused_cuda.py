@@ -2,7 +2,7 @@ r"""Infinite-width kernels of convolutional networks on CUDA: offset planes in T
 
 With x' = x + dx and y' = y + dy (mod W, H) the covariance of a pair of images is K[dy, y, dx, x]; a zero-padded 3x3
 convolution is a circular box filter over y and x that is cut where y, y', x or x' wraps. One launch runs one level
-(all steps between two poolings) of a block of pairs:
+(all convolutions and activations between two poolings) of a block of pairs:
 
 - A lane is one (pair, dy, dx) and walks down y. Its registers hold a chunk of x of the newest row and, for every
   convolution, the two rows it still needs, so no covariance of a level is ever stored, not even in shared memory: the
@@ -42,7 +42,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ntk_lightning.kernels.infinite.architecture import Activation, Layer
+from ntk_lightning.kernels.infinite.activations import Activation
+from ntk_lightning.kernels.infinite.architecture import Layer
 from ntk_lightning.kernels.infinite.fused import Plan, finish, near_duplicates, pixel_variances, plan, saturates, window
 from ntk_lightning.kernels.infinite.fused_cuda_triton import level
 
@@ -218,11 +219,11 @@ class _Work:
     def tables(self, x: Tensor) -> list[Tensor]:
         """For each level (n, PLANES, H, EXTENT): the images, then what the activations need of their variances."""
         variances, tables = iter(pixel_variances(self.layers, x)), list[Tensor]()
-        for steps, launch in zip(self.network.levels, self.launches, strict=True):
+        for convolutions, launch in zip(self.network.levels, self.launches, strict=True):
             height, width = launch.constants["H"], launch.constants["W"]
             planes = [x.new_empty(len(x), 0, height, width) if tables else x]
-            for step in steps:
-                match step.activation:
+            for convolution in convolutions:
+                match convolution.activation:
                     case Activation("relu"):
                         deviation = next(variances).sqrt()
                         planes.append(torch.stack([deviation, torch.where(deviation > 0, 1 / deviation, 0)], 1))
@@ -231,8 +232,10 @@ class _Work:
                     case Activation("gelu"):
                         variance = next(variances)
                         planes.append(torch.stack([variance, (1 + variance).rsqrt()], 1))
-            extent = launch.constants["CHUNKS"] * launch.constants["COLUMNS"] + 2 * len(steps) + width
-            columns = (torch.arange(extent, device=x.device) - len(steps)) % width
+                    case Activation(name):
+                        raise NotImplementedError(f"The CUDA kernel has no activation {name!r}.")
+            extent = launch.constants["CHUNKS"] * launch.constants["COLUMNS"] + 2 * len(convolutions) + width
+            columns = (torch.arange(extent, device=x.device) - len(convolutions)) % width
             tables.append(torch.cat([plane.to(x.dtype) for plane in planes], 1)[..., columns].contiguous())
         return tables
 
@@ -283,21 +286,25 @@ def _launches(network: Plan, kind: str, shape: tuple[int, ...], tiling: Tiling) 
     """Plan the levels."""
     channels, height, width = shape
     last, launches, below = len(network.levels) - 1, list[_Launch](), (1, 0)
-    for number, steps in enumerate(network.levels):
+    for number, convolutions in enumerate(network.levels):
         reach, next_reach = (window(n, last) if network.flat else None for n in (number, number + 1))
         dy, dx, next_dx = _offsets(height, reach), _offsets(width, reach), _offsets(width // 2, next_reach)
         pool, tensors = number < last, 1 + (kind == "ntk")
         columns = triton.cdiv(width, triton.cdiv(width, tiling.columns if number == 0 else max(2, tiling.columns // 2)))
         columns += pool * columns % 2
         chunks, lanes = triton.cdiv(width, columns), triton.next_power_of_2(dx[0])
-        active = [step.activation is not None for step in steps]
+        active = [convolution.activation is not None for convolution in convolutions]
         images = 0 if number else channels
         constants = {
-            "WEIGHTS": tuple(step.weight_variance for step in steps),
-            "BIASES": tuple(step.bias_variance for step in steps),
-            "NAMES": tuple(step.activation.name if step.activation else "linear" for step in steps),
-            "SLOPES": tuple(step.activation.negative_slope if step.activation else 0.0 for step in steps),
-            "TABLES": tuple(images + 2 * sum(active[:s]) for s in range(len(steps))),
+            "WEIGHTS": tuple(convolution.weight_variance for convolution in convolutions),
+            "BIASES": tuple(convolution.bias_variance for convolution in convolutions),
+            "NAMES": tuple(
+                convolution.activation.name if convolution.activation else "linear" for convolution in convolutions
+            ),
+            "SLOPES": tuple(
+                convolution.activation.negative_slope if convolution.activation else 0.0 for convolution in convolutions
+            ),
+            "TABLES": tuple(images + 2 * sum(active[:s]) for s in range(len(convolutions))),
             "NTK": kind == "ntk",
             "POOL": pool,
             "CHANNELS": images,

@@ -74,6 +74,7 @@ def _dual_activation(k, a, inverse1, inverse2, NAMES: tl.constexpr, SLOPES: tl.c
         nngp = arcsin * 0.6366197723675814
         derivative = inverse / root * 0.6366197723675814
     else:
+        tl.static_assert(NAMES[S] == "gelu", "no such activation")
         orthant = 0.25 + arcsin * 0.15915494309189535
         density = inverse / root * 0.15915494309189535
         tilt = k * (inverse1 * inverse1 + inverse2 * inverse2)

@@ -24,7 +24,6 @@ Kind = Literal["ntk", "nngp"]
 Backend = Literal["auto", "reference", "cpu", "cuda"]
 
 _REFERENCE_BLOCK_BYTES = 2**27
-_OVERFLOWN = "compute it in float64, or scale the inputs down"
 
 _log = logging.getLogger(__name__)
 
@@ -36,20 +35,26 @@ class InfiniteNTK:
     architecture only: neither its width nor its weights matter, which are N(0, 1) in the limit whatever the network
     holds, and all parameters count as trained, those with ``requires_grad=False`` too.
 
-    Inputs in float64 give a kernel in float64, all others one in float32.
+    Inputs in float64 give a kernel in float64, all others one in float32. Correlations within a few rounding errors of
+    1 count as 1, so equal inputs, and multiples of each other, are exact to rounding.
+
+    Where inputs require gradients, outside of ``torch.no_grad()``, the kernel does too; "reference" computes it. The
+    NTK of a ReLU network has kinks at equal inputs and multiples: there the gradient is the mean of both sides.
 
     Args:
-        net: ``nn.Sequential`` of this package's layers and the supported layers of ``torch.nn``.
+        net: ``nn.Sequential`` of this package's layers and the supported layers of ``torch.nn``, compiled by
+            ``torch.compile`` or not. As in PyTorch, sizes of layers and inputs must fit.
         kind: "ntk" or "nngp".
         backend: What computes it. "reference" is plain PyTorch, in float64 on any device, for every supported
             architecture. "cpu" (float32 and float64) and "cuda" (float32) are compiled, for images and any sequence of
             3x3 convolutions with "same" padding, activations and 2x2 average pooling, then global average pooling or
-            flatten, then linear layers and activations. "auto" takes the fastest that supports the architecture on the
-            inputs' device and in their precision, logs which, and :meth:`backend_for` tells it.
+            flatten, then linear layers and activations; they refuse inputs that require gradients. "auto" takes the
+            fastest that supports the architecture on the inputs' device and in their precision, logs which, and
+            :meth:`backend_for` tells it.
 
     Raises:
         TypeError: The network has a layer without a closed form, or with hooks, or uses weights twice.
-        ValueError: Its layers have no closed form in their order, or an argument is unknown.
+        ValueError: Its layers have no closed form in their order, or do not fit each other, or an argument is unknown.
 
     Example:
         >>> from ntk_lightning.networks import MLP
@@ -64,6 +69,7 @@ class InfiniteNTK:
         if backend not in ("auto", "reference", "cpu", "cuda"):
             raise ValueError(f'backend must be "auto", "reference", "cpu" or "cuda", got {backend!r}.')
         self.layers: tuple[Layer, ...] = parse(net)
+        check_shape(self.layers, None)
         self.kind: Kind = kind
         self.backend: Backend = backend
         self._logged: set[str] = set()
@@ -85,7 +91,7 @@ class InfiniteNTK:
             FloatingPointError: A covariance is too large for the inputs' precision.
         """
         self.check(x1, x2)
-        backend = self.backend_for(x1)
+        backend = self.backend_for(x1, x2)
         x1, x2 = self._prepared(x1), None if x2 is None else self._prepared(x2)
         entries, title = len(x1) * len(x1 if x2 is None else x2), f"infinite {self.kind.upper()} ({backend})"
         with (
@@ -97,7 +103,7 @@ class InfiniteNTK:
                 if backend == "reference"
                 else _compiled(backend).gram(self.layers, self.kind, x1, x2, advance)
             )
-        check_finite(gram, _OVERFLOWN)
+        check_finite(gram, _overflow_advice(gram))
         return gram
 
     def diag(self, x: Tensor) -> Tensor:
@@ -122,14 +128,15 @@ class InfiniteNTK:
                 if backend == "reference"
                 else _compiled(backend).diag(self.layers, self.kind, x)
             )
-        check_finite(diagonal, _OVERFLOWN, "kernel's diagonal entry", sides=1)
+        check_finite(diagonal, _overflow_advice(diagonal), "kernel's diagonal entry", sides=1)
         return diagonal
 
-    def backend_for(self, x: Tensor) -> str:
+    def backend_for(self, x: Tensor, x2: Tensor | None = None) -> str:
         """Tell what computes the kernel of such inputs.
 
         Args:
             x: Inputs (n, d) or (n, C, H, W).
+            x2: The second inputs, or None; they matter where gradients are asked for.
 
         Returns:
             "reference", "cpu" or "cuda".
@@ -139,7 +146,7 @@ class InfiniteNTK:
         """
         if self.backend == "reference":
             return "reference"
-        native, obstacle = x.device.type, self._obstacle(x)
+        native, obstacle = x.device.type, self._obstacle(x, x2)
         if self.backend != "auto":
             if self.backend != native:
                 obstacle = f"its inputs are on {x.device}"
@@ -152,15 +159,17 @@ class InfiniteNTK:
             _log.info("InfiniteNTK runs on backend %r%s.", backend, f" because {obstacle}" if obstacle else "")
         return backend
 
-    def _obstacle(self, x: Tensor) -> str | None:
+    def _obstacle(self, x: Tensor, x2: Tensor | None) -> str | None:
         """Why the compiled backend of the inputs' device cannot run them."""
+        if torch.is_grad_enabled() and (x.requires_grad or (x2 is not None and x2.requires_grad)):
+            return "its inputs require gradients, which only the reference gives (call it in torch.no_grad() without)"
         if x.device.type not in ("cpu", "cuda"):
             return f"no compiled backend is for {x.device.type}"
         if x.device.type == "cuda" and importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
         if x.device.type == "cuda" and x.dtype == torch.float64:
             return f"its inputs are {x.dtype}"
-        return fused.unsupported(self.layers, tuple(x.shape[2:]))
+        return fused.unsupported(self.layers, tuple(x.shape[2:]), x.device.type)
 
     def check(self, x1: Tensor, x2: Tensor | None = None) -> None:
         """Check inputs without computing anything.
@@ -176,7 +185,7 @@ class InfiniteNTK:
         check_inputs(x1, x2)
         if x1.dim() not in (2, 4):
             raise ValueError(f"Inputs must be (n, features) or (n, C, H, W), got {tuple(x1.shape)}.")
-        if check_shape(self.layers, tuple(x1.shape[2:])):
+        if check_shape(self.layers, tuple(x1.shape[2:]), x1.shape[1]):
             raise ValueError("The network's output still has pixels: end it in nn.Flatten and NTKLinear.")
 
     def _prepared(self, x: Tensor) -> Tensor:
@@ -201,6 +210,11 @@ class InfiniteNTK:
                     out[j : j + side, i : i + side] = block.T
                 advance(block.numel() * (1 + (symmetric and i != j)))
         return out
+
+
+def _overflow_advice(kernel: Tensor) -> str:
+    wider = "" if kernel.dtype == torch.float64 else "compute it in float64, or "
+    return f"{wider}scale the inputs down"
 
 
 def _compiled(backend: str) -> ModuleType:

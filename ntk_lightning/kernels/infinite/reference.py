@@ -13,7 +13,6 @@ where A is the identity (linear) or the average over the filter's shifts of both
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ntk_lightning.kernels.infinite.activations import ROUNDING, Activation, Pair, dual_activation
 from ntk_lightning.kernels.infinite.architecture import (
-    Activation,
     Conv,
     Flatten,
     GlobalAvgPool,
@@ -33,6 +32,8 @@ from ntk_lightning.kernels.infinite.architecture import (
 )
 
 __all__ = ["dual_activation", "gram"]
+
+_ROUNDING_ENTRIES = 2**20
 
 
 @dataclass(frozen=True)
@@ -50,48 +51,6 @@ class _Fields:
     def map(self, linear: Layer) -> _Fields:
         """Apply a layer that acts on every covariance alike."""
         return _Fields(*(_linear_map(linear, k) for k in (self.nngp, self.ntk, self.self1, self.self2)))
-
-
-def dual_activation(activation: Activation, k12: Tensor, k11: Tensor, k22: Tensor) -> tuple[Tensor, Tensor]:
-    """Expectations E[phi(u) phi(v)] and E[phi'(u) phi'(v)] for (u, v) ~ N(0, [[k11, k12], [k12, k22]]).
-
-    ReLU and leaky ReLU: Cho and Saul (2009), in the arcsine form; erf: Williams (1997); GELU: Tsuchida et al. (2020,
-    arXiv 2002.08517), here by Stein's lemma.
-
-    Args:
-        activation: The nonlinearity.
-        k12: Covariances, any shape.
-        k11: Variances of u, broadcastable to k12.
-        k22: Variances of v, broadcastable to k12.
-
-    Returns:
-        Both expectations, each of the shape of k12.
-
-    Raises:
-        NotImplementedError: The activation's name is unknown.
-    """
-    match activation.name:
-        case "relu":
-            scale = k11.clamp_min(0).sqrt() * k22.clamp_min(0).sqrt()  # rounding can leave a zero variance below zero
-            r = torch.where(scale > 0, k12 / scale, 0).clamp(-1, 1)
-            even, odd = (1 - activation.negative_slope) / 2, (1 + activation.negative_slope) / 2
-            root = ((1 - r) * (1 + r)).sqrt()
-            arcsin = torch.asin(r) * (2 / math.pi)
-            nngp = odd**2 * k12 + even**2 * scale * (root * (2 / math.pi) + r * arcsin)
-            return nngp, odd**2 + even**2 * arcsin
-        case "erf":
-            scale = ((1 + 2 * k11) * (1 + 2 * k22)).sqrt()
-            nngp = torch.asin((2 * k12 / scale).clamp(-1, 1)) * (2 / math.pi)
-            return nngp, (4 / math.pi) / ((1 + 2 * k11) * (1 + 2 * k22) - 4 * k12**2).sqrt()
-        case "gelu":
-            a, b = 1 + k11, 1 + k22
-            determinant = a * b - k12**2
-            density = 1 / (2 * math.pi * determinant.sqrt())
-            orthant = 0.25 + torch.asin((k12 / (a * b).sqrt()).clamp(-1, 1)) / (2 * math.pi)
-            tilt = k12 / a + k12 / b
-            nngp = density * (k11 * k22 - k12**2 + k12 * tilt) + k12 * orthant
-            return nngp, orthant + density * (tilt + k12 / determinant)
-    raise NotImplementedError(f"No dual activation of {activation.name!r}.")
 
 
 def gram(layers: Sequence[Layer], x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +74,28 @@ def gram(layers: Sequence[Layer], x1: Tensor, x2: Tensor) -> tuple[Tensor, Tenso
 
 def _input_covariance(x1: Tensor, x2: Tensor) -> Tensor:
     """Mean over channels of all products of pixels, (n1, n2, H, W, H, W); of vectors, (n1, n2)."""
-    return (torch.einsum("achw,bcij->abhwij", x1, x2) if x1.dim() == 4 else x1 @ x2.T) / x1.shape[1]
+    images = x1.dim() == 4
+    k = (torch.einsum("achw,bcij->ahwbij", x1, x2) if images else x1 @ x2.T) / x1.shape[1]
+    rows1, rows2 = (x.movedim(1, -1).reshape(-1, x.shape[1]) for x in (x1, x2))
+    k = k + _rounding(k.detach().reshape(len(rows1), -1), rows1.detach(), rows2.detach()).reshape(k.shape)
+    return k.movedim(3, 1) if images else k
+
+
+def _rounding(k: Tensor, rows1: Tensor, rows2: Tensor) -> Tensor:
+    """What sums over many channels lost by rounding, of vectors that are nearly multiples of each other, (n1, n2)."""
+    # With unit vectors u and v, 1 -+ u.v = |u -+ v|^2 / 2 does not depend on the order in which a sum is rounded.
+    d, eps = rows1.shape[1], torch.finfo(k.dtype).eps
+    correction = torch.zeros_like(k)
+    if d <= ROUNDING:  # then a sum rounds less than what counts as a correlation of 1
+        return correction
+    pair = Pair.of(k, _input_variance(rows1)[:, None], _input_variance(rows2)[None])
+    near = ((pair.r.abs() > 1 - d * eps) & (pair.sine2 > 0)).nonzero()
+    for i, j in (part.unbind(1) for part in near.split(max(1, _ROUNDING_ENTRIES // d))):
+        u, v = (F.normalize(rows, dim=1, eps=0) for rows in (rows1[i], rows2[j]))
+        sign, scale = pair.r[i, j].sign(), pair.scale.expand_as(k)[i, j]
+        exact = sign * (1 - (u - sign[:, None] * v).square().sum(1) / 2) * scale
+        correction[i, j] = exact - k[i, j]
+    return correction
 
 
 def _input_variance(x: Tensor) -> Tensor:

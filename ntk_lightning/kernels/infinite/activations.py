@@ -1,0 +1,228 @@
+r"""The activations that have a closed form: one table, one row each.
+
+The limit of a network needs two expectations of its nonlinearity phi, with (u, v) ~ N(0, [[k11, k12], [k12, k22]]):
+
+    dual covariance  E[phi(u) phi(v)],        dual derivative  E[phi'(u) phi'(v)].
+
+:func:`~ntk_lightning.kernels.infinite.architecture.parse` looks a module up in :data:`ACTIVATIONS`, the reference takes
+the formulas from there, and a compiled backend runs only activations whose rows name it. A new activation is a new row:
+its modules, its function of a :class:`Pair`, and, once they know it, the compiled backends.
+
+Precision. A correlation r that is computed in p bits is uncertain by some rounding errors eps, and the duals of ReLU
+depend on sqrt(1 - r): one eps at r = 1 would be 1e-8 of the kernel in float64. So r within :data:`ROUNDING` eps of 1 or
+-1 counts as 1 or -1, which is right for equal vectors and for multiples of each other. Everything else is written
+without differences of nearly equal numbers and without products of variances, which overflow: inputs of any size that
+the dtype holds have kernels to a few eps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ntk_lightning.networks import Erf
+
+__all__ = [
+    "ACTIVATIONS",
+    "ROUNDING",
+    "Activation",
+    "Pair",
+    "Row",
+    "dual_activation",
+    "less_its_sine",
+    "read_activation",
+]
+
+ROUNDING = 16  # machine epsilons by which correlations of equal vectors, and of multiples, may miss 1
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Pointwise nonlinearity, by its name in :data:`ACTIVATIONS`; "relu" has the slope of its negative half."""
+
+    name: str
+    negative_slope: float = 0.0
+
+
+class Pair(NamedTuple):
+    """Covariances of u and v as the duals need them; all of one shape, or broadcastable to it.
+
+    ``r`` is the correlation, 0 where a variance is 0 and exactly 1 or -1 where it is so up to rounding; ``k12`` is
+    ``r * scale`` there; ``sine2`` is 1 - r^2.
+    """
+
+    k12: Tensor
+    k11: Tensor
+    k22: Tensor
+    scale: Tensor  # sqrt(k11 k22)
+    r: Tensor
+    sine2: Tensor
+
+    @classmethod
+    def of(cls, k12: Tensor, k11: Tensor, k22: Tensor) -> Pair:
+        """Prepare covariances; their gradients are finite, and at r = 1 and -1 those of r held fixed."""
+        scale = _sqrt(k11) * _sqrt(k22)  # not sqrt(k11 * k22), which over- or underflows
+        r = torch.where(scale > 0, k12 / torch.where(scale > 0, scale, 1), 0)
+        aligned = 1 - r.abs() <= ROUNDING * torch.finfo(r.dtype).eps
+        r = torch.where(aligned, r.detach().sign(), r)
+        k12 = torch.where(aligned, r * scale, k12)
+        k12 = torch.where(scale.isinf(), torch.nan, k12)  # an overflow must not look like a correlation of 0
+        return cls(k12, k11, k22, scale, r, torch.where(aligned, 0, (1 - r) * (1 + r)))
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of one activation.
+
+    Args:
+        words: Its modules, as a list of supported layers names them.
+        modules: Classes of its modules.
+        read: Makes the layer of a module; None where options of the module have no closed form.
+        dual: E[phi(u) phi(v)] and E[phi'(u) phi'(v)] of a pair, given the layer.
+        compiled: Compiled backends that have it, of "cpu" (``fused_cpu_numba``) and "cuda" (``fused_cuda_triton``).
+        variance: A bound on E[phi(u)^2], given a bound on that of u, and the layer.
+        float32_variance: Variance of u above which float32 does not hold E[phi'(u) phi'(v)].
+    """
+
+    words: str
+    modules: tuple[type[nn.Module], ...]
+    read: Callable[[nn.Module], Activation | None]
+    dual: Callable[[Pair, Activation], tuple[Tensor, Tensor]]
+    compiled: frozenset[str] = frozenset()
+    variance: Callable[[float, Activation], float] = lambda variance, _: variance
+    float32_variance: float = math.inf
+
+
+def _relu(pair: Pair, activation: Activation) -> tuple[Tensor, Tensor]:
+    """phi(u) = max(u, 0) + s min(u, 0). Cho and Saul (2009), of the angle a = pi - arccos(r), for every slope s."""
+    k12, _, _, scale, r, sine2 = pair
+    sine = _sqrt(sine2)
+    angle = torch.atan2(sine, -r)
+    s, gain = activation.negative_slope, (1 - activation.negative_slope) ** 2 / (2 * math.pi)
+    nngp = s * k12 + gain * (scale * sine2 * sine + k12 * less_its_sine(angle, sine, -r))
+    return nngp, s + gain * angle
+
+
+def _erf(pair: Pair, _: Activation) -> tuple[Tensor, Tensor]:
+    """phi(u) = erf(u). Williams (1997), with cosine = 2 k12 a b, a^2 = 1 / (1 + 2 k11), b^2 = 1 / (1 + 2 k22)."""
+    a2, b2 = 1 / (1 + 2 * pair.k11), 1 / (1 + 2 * pair.k22)
+    ab, sine = a2.sqrt() * b2.sqrt(), _sine(a2, b2, pair.sine2)
+    return torch.atan2(2 * pair.k12 * ab, sine) * (2 / math.pi), (4 / math.pi) * ab / sine
+
+
+def _gelu(pair: Pair, _: Activation) -> tuple[Tensor, Tensor]:
+    """phi(u) = u P(N(0, 1) < u). Tsuchida et al. (2020, arXiv 2002.08517), here by Stein's lemma."""
+    # With a^2 = 1 / (1 + k11), b^2 = 1 / (1 + k22), cosine = k12 a b, sine^2 = 1 - cosine^2 and m = k11 a^2 k22 b^2
+    # (1 - r^2): written so that no large terms cancel where k12 is large, of either sign.
+    a2, b2 = 1 / (1 + pair.k11), 1 / (1 + pair.k22)
+    ab, sine = a2.sqrt() * b2.sqrt(), _sine(a2, b2, pair.sine2)
+    cosine, density = pair.k12 * ab, ab / sine  # 2 pi times the density of (u - z, v - z') at 0, z and z' ~ N(0, 1)
+    angle = torch.atan2(sine, -cosine)  # 2 pi P(u > z, v > z')
+    bow, m = less_its_sine(angle, sine, -cosine), (pair.k11 * a2) * (pair.k22 * b2) * pair.sine2
+    nngp = m * sine / ab + pair.k12 * bow + cosine**2 * density
+    derivative = bow - m * cosine / sine + density * cosine * (ab + density / sine)
+    return nngp / (2 * math.pi), derivative / (2 * math.pi)
+
+
+def _sine(a2: Tensor, b2: Tensor, sine2: Tensor) -> Tensor:
+    """sqrt(1 - cosine^2) with cosine^2 = (1 - a2) (1 - b2) (1 - sine2), as a sum of positive numbers."""
+    return (a2 + (1 - a2) * (b2 + (1 - b2) * sine2)).sqrt()
+
+
+def _sqrt(k: Tensor) -> Tensor:
+    """Square root, 0 below 0, where rounding can leave a variance; its gradient is 0 there, not infinite."""
+    return torch.where(k > 0, torch.where(k > 0, k, 1).sqrt(), 0)
+
+
+def _read_relu(module: nn.Module) -> Activation:
+    return Activation("relu", module.negative_slope if isinstance(module, nn.LeakyReLU) else 0.0)
+
+
+def _read_gelu(module: nn.Module) -> Activation | None:
+    return Activation("gelu") if isinstance(module, nn.GELU) and module.approximate == "none" else None
+
+
+_BOTH = frozenset({"cpu", "cuda"})
+ACTIVATIONS: dict[str, Row] = {
+    "relu": Row(
+        *("nn.ReLU, nn.LeakyReLU", (nn.ReLU, nn.LeakyReLU), _read_relu, _relu, _BOTH),
+        variance=lambda variance, activation: variance * max(1.0, activation.negative_slope**2),
+    ),
+    "gelu": Row("nn.GELU (exact)", (nn.GELU,), _read_gelu, _gelu, _BOTH),
+    "erf": Row(
+        *("Erf", (Erf,), lambda _: Activation("erf"), _erf, _BOTH),
+        variance=lambda *_: 1.0,
+        float32_variance=100.0,  # then it is nearly a step, whose derivative is that of ReLU's second
+    ),
+}
+
+
+def read_activation(module: nn.Module) -> Activation | None:
+    """Find the layer of a module.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        Its layer, or None where the table has no closed form of it.
+
+    Example:
+        >>> read_activation(nn.LeakyReLU(0.1))
+        Activation(name='relu', negative_slope=0.1)
+    """
+    rows = (row for row in ACTIVATIONS.values() if isinstance(module, row.modules))
+    return next((row.read(module) for row in rows), None)
+
+
+def dual_activation(activation: Activation, k12: Tensor, k11: Tensor, k22: Tensor) -> tuple[Tensor, Tensor]:
+    """Expectations E[phi(u) phi(v)] and E[phi'(u) phi'(v)] for (u, v) ~ N(0, [[k11, k12], [k12, k22]]).
+
+    Args:
+        activation: The nonlinearity.
+        k12: Covariances, any shape.
+        k11: Variances of u, broadcastable to k12.
+        k22: Variances of v, broadcastable to k12.
+
+    Returns:
+        Both expectations, each of the shape of k12. Where u and v are multiples of each other, the derivative of ReLU's
+        second with respect to the inputs has a kink; its gradient there is the mean of both sides.
+
+    Raises:
+        NotImplementedError: The activation's name is unknown.
+
+    Example:
+        >>> one = torch.ones((), dtype=torch.float64)
+        >>> dual_activation(Activation("relu"), one, one, one)
+        (tensor(0.5000, dtype=torch.float64), tensor(0.5000, dtype=torch.float64))
+    """
+    row = ACTIVATIONS.get(activation.name)
+    if row is None:
+        raise NotImplementedError(f"No dual activation of {activation.name!r}.")
+    return row.dual(Pair.of(k12, k11, k22), activation)
+
+
+def less_its_sine(angle: Tensor, sine: Tensor, cosine: Tensor) -> Tensor:
+    """Compute angle - sine cosine = (2 angle - sin(2 angle)) / 2, to relative precision for small angles too.
+
+    Args:
+        angle: In radians, from 0 to pi.
+        sine: Its sine, of the same shape.
+        cosine: Its cosine, of the same shape.
+
+    Returns:
+        The difference, of the same shape.
+
+    Example:
+        >>> angle = torch.tensor([1e-5, 3.0], dtype=torch.float64)
+        >>> less_its_sine(angle, angle.sin(), angle.cos())
+        tensor([6.6667e-16, 3.1397e+00], dtype=torch.float64)
+    """
+    series, y = torch.ones_like(angle), 4 * angle**2
+    for n in (18, 16, 14, 12, 10, 8, 6, 4):
+        series = 1 - y / (n * (n + 1)) * series
+    return torch.where(angle < 0.3, angle**3 * (2 / 3) * series, angle - sine * cosine)
