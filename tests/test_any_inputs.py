@@ -209,6 +209,52 @@ def test_outputs_that_cannot_be_differentiated_are_errors() -> None:
         EmpiricalNTK(Several(), output="logits")  # type: ignore[arg-type]
 
 
+class Physics(nn.Module):
+    """A function u of (n, 2) points and the residual of a differential equation, from its derivatives in the points."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        def u(point: Tensor) -> Tensor:
+            return self.body(point[None])[0, 0]
+
+        laplacian = torch.func.vmap(lambda point: torch.func.hessian(u)(point).trace())(x)
+        return self.body(x)[:, 0], laplacian + self.body(x)[:, 0] ** 3
+
+
+def test_kernels_between_two_functions_of_the_same_weights() -> None:
+    torch.manual_seed(0)
+    net, x, y = Physics().to(D), torch.randn(6, 2, dtype=D), torch.randn(4, 2, dtype=D)
+    u, residual = (lambda out: out[0]), (lambda out: out[1])
+    f, g = (jacobian(net, [(s[None],) for s in t], o)[:, 0] for t, o in ((x, u), (y, residual)))
+    gx = jacobian(net, [(s[None],) for s in x], residual)[:, 0]
+    kernel, v = EmpiricalNTK(net, output=u, output2=residual), torch.randn(6, dtype=D)
+    assert relative(kernel(x, y), f @ g.T) < 1e-12
+    assert relative(kernel(x), f @ gx.T) < 1e-12
+    assert relative(EmpiricalNTK(net, output=residual)(x), gx @ gx.T) < 1e-12
+    assert relative(EmpiricalNTK(net, output=residual, output2=u)(y, x), g @ f.T) < 1e-12
+    assert relative(kernel.diag(x), (f * gx).sum(1)) < 1e-12
+    assert relative(kernel.matvec(x, v), f @ (gx.T @ v)) < 1e-12
+    assert relative(kernel.sharded(x), f @ gx.T) < 1e-12
+    assert relative(kernel.gram_and_cross(x, x[:2])[1], f[:2] @ gx.T) < 1e-12
+    assert relative(sum(kernel.per_layer(x, y).values()), f @ g.T) < 1e-12
+
+
+def test_two_functions_of_other_numbers_of_outputs() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 5)).to(D), torch.randn(4, 3, dtype=D)
+    j = jacobian(net, [(s[None],) for s in x])
+    two, three = (lambda out: out[:, :2]), (lambda out: out[:, 2:])
+    kernel, v = EmpiricalNTK(net, output=two, output2=three, full=True), torch.randn(4, 3, dtype=D)
+    expected = torch.einsum("iap,jbp->ijab", j[:, :2], j[:, 2:])
+    assert relative(kernel(x), expected) < 1e-12
+    assert relative(kernel.matvec(x, v), torch.einsum("ijab,jb->ia", expected, v)) < 1e-12
+    with pytest.raises(ValueError, match="use full=True"):
+        EmpiricalNTK(net, output=two, output2=three)(x)
+
+
 class Keeping(nn.Module):
     """Keeps an activation as an attribute, and others in a list and a dict."""
 
