@@ -1,4 +1,7 @@
-"""Gram, products and the linearized network are one derivative, that of reverse mode."""
+"""Gram, products and the linearized network are one derivative, that of reverse mode.
+
+Longer than 300 lines, since it is one table of networks on which forward mode gives another derivative, or none.
+"""
 
 from __future__ import annotations
 

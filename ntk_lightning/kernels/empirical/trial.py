@@ -61,13 +61,14 @@ _STANDARD = {
 _known: WeakKeyDictionary[nn.Module, dict[Hashable, _Found]] = WeakKeyDictionary()
 
 
-def choose_rows(function: NetworkFunction, inputs: list[Inputs], per_layer: bool = False) -> Rows:
+def choose_rows(function: NetworkFunction, inputs: list[Inputs], per_layer: bool = False, dense: bool = False) -> Rows:
     """Choose how the rows of some inputs are made, once for each network and kind of inputs.
 
     Args:
         function: What is differentiated.
         inputs: All inputs, already cast.
         per_layer: Keep the kernels of modules apart.
+        dense: Keep no layer in factors.
 
     Returns:
         The rows.
@@ -84,7 +85,7 @@ def choose_rows(function: NetworkFunction, inputs: list[Inputs], per_layer: bool
     found = known[key]
     if found.way == "one by one":
         return OneByOneRows(plain or PlainNetwork(function), found.num_outputs, found.nbytes, per_layer)
-    return GradientRows(function, inputs[0][:1], per_layer, by_branch=found.way == "by branch")
+    return GradientRows(function, inputs[0][:1], per_layer, by_branch=found.way == "by branch", dense=dense)
 
 
 def choose_products(rows: Rows, inputs: list[Inputs]) -> Rows:
