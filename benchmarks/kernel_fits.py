@@ -38,7 +38,7 @@ def kernel_sgd_beside_memory(options: argparse.Namespace) -> dict[str, Any]:
     gram = (1 + points @ points[:N].T).square()
     labels = torch.randn(N + TESTS, generator=generator).sign()
     kernel, test_kernel = gram[:N].clone(), gram[N:].clone()
-    sets = {"test_kernel": test_kernel, "test_targets": labels[N:]}
+    sets = {"test": (test_kernel, labels[N:])}
     config = OptimizerConfig(lr=0.1 * critical_learning_rate(kernel), batch_size=200, epochs=EPOCHS)
     grid = [replace(config, lr=config.lr * factor / 16, epochs=GRID_EPOCHS) for factor in range(1, 17)]
 
@@ -92,8 +92,7 @@ def critical_rate(options: argparse.Namespace) -> dict[str, Any]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that the rate is above critical is the point
                 fit = kernel_sgd(kernel, labels, config, eval_every=4000, evaluate_train=True)
-            assert fit.train_losses is not None
-            loss = float(fit.train_losses[-1])
+            loss = float(fit.curves["train"].losses[-1])
             outcome[f"momentum {momentum}, {factor} times critical"] = loss
             print(f"momentum {momentum}, lr {factor} times critical: training loss after 4000 steps {loss:.3g}")
     return outcome

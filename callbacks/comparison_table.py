@@ -1,4 +1,4 @@
-"""The end of a comparison: every arm's test error in one table."""
+"""The end of a comparison: every model's test error in one table."""
 
 from __future__ import annotations
 
@@ -6,48 +6,58 @@ from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
-from ntk_lightning.callbacks.nested_fits import Arm
+from ntk_lightning.callbacks.model_errors import ModelErrors
 from ntk_lightning.callbacks.run_output import log_table, run_folder
 
 __all__ = ["ComparisonTable"]
 
 
 class ComparisonTable(Callback):
-    """Collect the arms of all other callbacks of the run, print them, and keep them in ``comparison.csv``.
+    """Collect the errors of all models of the run, print them, and keep them in ``comparison.csv``.
 
-    A callback takes part by a method ``arms()``, as :class:`~ntk_lightning.callbacks.OptimalEarlyStopping` (the trained
+    A callback takes part by a method ``model_errors()`` that returns a list of
+    :class:`~ntk_lightning.callbacks.ModelErrors`. :class:`~ntk_lightning.callbacks.OptimalEarlyStopping` (the trained
     model), :class:`~ntk_lightning.callbacks.EmpiricalNTKDynamics`, :class:`~ntk_lightning.callbacks.AfterKernel` and
     :class:`~ntk_lightning.callbacks.InfiniteNTKFit` have it.
     """
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table and say where the results lie."""
-        arms = [arm for callback in trainer.callbacks for arm in getattr(callback, "arms", list)()]  # type: ignore[attr-defined]  # callbacks exists
-        log_table(trainer, "comparison", [arm.row() for arm in arms])
-        if trainer.is_global_zero and arms:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Print the table and say where the results lie, when all callbacks have measured the end of the run."""
+        if stage != "fit":
+            return
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # it exists
+        models = [model for callback in callbacks for model in getattr(callback, "model_errors", list)()]
+        log_table(trainer, "comparison", [model.row() for model in models])
+        if trainer.is_global_zero and models:
             console = Console(width=None if Console().is_terminal else 110)
-            console.print(comparison_table(arms))
-            console.print(f"Tables and pictures: {run_folder(trainer)}", soft_wrap=True)
+            console.print(comparison_table(models))
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside the class
+                console.print(f"Tables and pictures: {run_folder(trainer)}", soft_wrap=True)
 
 
-def comparison_table(arms: list[Arm]) -> Table:
+def comparison_table(models: list[ModelErrors]) -> Table:
     """Lay out a table of test errors.
 
     Args:
-        arms: One a row.
+        models: One a row.
 
     Returns:
         The table, errors in percent.
     """
-    validated = any(arm.validated_error is not None for arm in arms)
+    validated = any(model.validated_error is not None for model in models)
     table = Table(title="Test error (%)")
     table.add_column("model")
     columns = ["n", "optimal early stopping (oracle)", "at step", "last step"]
     for column in [*columns, *(["best validation step"] if validated else [])]:
         table.add_column(column, justify="right")
-    for arm in arms:
-        cells = [f"{arm.n}", f"{100 * arm.optimal_error:.2f}", f"{arm.optimal_step}", f"{100 * arm.last_error:.2f}"]
+    for model in models:
+        cells = [
+            f"{model.n}",
+            f"{100 * model.optimal_error:.2f}",
+            f"{model.optimal_step}",
+            f"{100 * model.last_error:.2f}",
+        ]
         if validated:
-            cells.append("" if arm.validated_error is None else f"{100 * arm.validated_error:.2f}")
-        table.add_row(arm.name, *cells)
+            cells.append("" if model.validated_error is None else f"{100 * model.validated_error:.2f}")
+        table.add_row(model.name, *cells)
     return table

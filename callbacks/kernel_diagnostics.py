@@ -8,10 +8,11 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
+from ntk_lightning.callbacks.extraction import KernelNeed, shared_extraction
 from ntk_lightning.callbacks.figures import draw_diagnostics
-from ntk_lightning.callbacks.from_trainer import count_outputs, evaluation_kernel, network, samples
-from ntk_lightning.callbacks.run_output import check_folder, log_figure, log_metrics, log_table
+from ntk_lightning.callbacks.run_output import log_figure, log_metrics, log_table
 from ntk_lightning.callbacks.scheduled import ScheduledCallback
+from ntk_lightning.datamodules.base import samples_of
 from ntk_lightning.kernels.diagnostics import (
     centered_kernel_alignment,
     effective_rank,
@@ -21,7 +22,6 @@ from ntk_lightning.kernels.diagnostics import (
     leading_eigenvalues,
     target_share,
 )
-from ntk_lightning.kernels.grams.distributed import sharded_gram
 
 __all__ = ["KernelDiagnostics"]
 
@@ -41,12 +41,15 @@ class KernelDiagnostics(ScheduledCallback):
         at: Measure at these steps instead.
         probe_size: Samples of the probe set; fewer where the training set is smaller.
         leading: Number of leading eigenvalues, and of eigenvectors for the share of the labels.
-        network: Attribute of the Lightning module that holds the network.
-        memory: Budget of an extraction, such as "4GB".
+        network: Attribute of the Lightning module that holds the network; "" is the module itself.
+        memory: Budget of an extraction, such as "4GB"; the largest counts where callbacks share an extraction.
+        name: Tells several callbacks of this class apart: in files, metrics and checkpoints.
 
     Raises:
         ValueError: More than one schedule is given, or a number is below 1.
     """
+
+    table = "kernel_diagnostics"
 
     def __init__(
         self,
@@ -57,29 +60,34 @@ class KernelDiagnostics(ScheduledCallback):
         leading: int = 5,
         network: str = "net",
         memory: str = "4GB",
+        name: str | None = None,
     ) -> None:
-        super().__init__(every_n_batches, log_spaced, at)
+        super().__init__(every_n_batches, log_spaced, at, network=network, name=name)
         if not 1 <= leading <= probe_size:
             raise ValueError(f"leading must be at least 1 and at most probe_size, got {leading} and {probe_size}.")
-        self.probe_size, self.leading, self.network, self.memory = probe_size, leading, network, memory
-        self._initial: Tensor | None = None
+        self.probe_size, self.leading, self.memory = probe_size, leading, memory
+        self._initial: Tensor | None = None  # K^0 and the kernel measured before this one
         self._previous: Tensor | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check, before anything is trained, that everything is there."""
-        if stage == "fit":
-            check_folder(trainer)
-            if self.leading > (n := len(samples(trainer, "train"))):
-                raise ValueError(
-                    f"leading={self.leading} eigenvalues, but the training set has {n} samples: ask for fewer."
-                )
-            network(pl_module, self.network)
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.leading > (n := len(samples_of(trainer, "train"))):
+            raise ValueError(
+                f"leading={self.leading} eigenvalues, but the training set has {n} samples: ask for fewer."
+            )
+
+    def kernel_need(self, trainer: Trainer, step: int, moved: bool, ended: bool) -> KernelNeed | None:
+        """Need K^t of the probe set at the steps of the schedule."""
+        if not self.due(step, moved, ended):
+            return None
+        return KernelNeed(min(self.probe_size, len(samples_of(trainer, "train"))), False, self.memory)
 
     def measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """Extract K^t on the probe set and take its measures."""
-        train = samples(trainer, "train", count_outputs(trainer, pl_module, self.network))
-        x, y = train.x[: self.probe_size], train.y[: self.probe_size]
-        gram = sharded_gram(evaluation_kernel(pl_module, self.network, self.memory), x)
+        problem = shared_extraction(trainer).extract(trainer, pl_module, self, step).problem
+        # a corner of the shared Gram, copied: the callback keeps it until the next step
+        gram, y = problem.gram[: self.probe_size, : self.probe_size].clone(), problem.targets[: self.probe_size]
         initial = self._initial.to(gram) if self.rows and self._initial is not None else gram
         row: dict[str, Any] = {
             "step": step,
@@ -96,19 +104,20 @@ class KernelDiagnostics(ScheduledCallback):
             row[f"eigenvalue_{i}"] = eigenvalue
         self.rows.append(row)
         self._initial, self._previous = initial, gram
-        metrics = {f"kernel/{name}": value for name, value in row.items() if name != "step" and value is not None}
+        group = self.named("kernel")
+        metrics = {f"{group}/{name}": value for name, value in row.items() if name != "step" and value is not None}
         log_metrics(trainer, metrics, step)
 
     def finish(self, trainer: Trainer) -> None:
         """Keep the table and the figure."""
-        log_table(trainer, "kernel_diagnostics", self.rows)
-        log_figure(trainer, "kernel_diagnostics", draw_diagnostics(self.rows))
+        log_table(trainer, self.named(self.table), self.rows)
+        log_figure(trainer, self.named(self.table), draw_diagnostics(self.rows))
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the rows and the two kernels that later ones are compared with, for the checkpoint."""
+        """Return the rows and the two kernels that later ones are compared with, for the checkpoint."""
         return {**super().state_dict(), "initial": self._initial, "previous": self._previous}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the state of a checkpoint."""
+        """Restore the rows and kernels of a checkpoint."""
         super().load_state_dict(state_dict)
         self._initial, self._previous = state_dict["initial"], state_dict["previous"]

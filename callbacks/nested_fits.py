@@ -2,48 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ntk_lightning.datamodules import Samples
+from ntk_lightning.kernels.grams.gram_and_cross import GramAndCross
 from ntk_lightning.optim import OptimizerConfig
 from ntk_lightning.solvers import KernelFit, kernel_sgd
 
-__all__ = ["Arm", "check_sizes", "fit_first", "fit_nested", "nested_grams"]
+__all__ = ["NestedProblem", "check_sizes", "fit_nested"]
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One model of a comparison: its name, its number of training samples, and its test errors in [0, 1].
+@dataclass(frozen=True, eq=False)
+class NestedProblem:
+    """The Grams that fits on the first n training samples are cut from, for every n up to N.
 
-    ``optimal_error`` is the least over training, at ``optimal_step`` (an oracle); ``last_error`` that of the last step;
-    ``validated_error`` that of the step with the least validation error, None without a validation set. ``curve`` has
-    the lists "steps", "errors" and "losses" of the test set over training.
+    Args:
+        gram: Kernel of N training samples, (N, N).
+        targets: Their targets, (N,) or (N, C).
+        sets: By name, "test" and perhaps "val": kernel (m, N) of new points and their targets.
     """
 
-    name: str
-    n: int
-    optimal_error: float
-    optimal_step: int
-    last_error: float
-    validated_error: float | None = None
-    curve: dict[str, list[float]] = field(default_factory=dict, repr=False, compare=False)
+    gram: Tensor
+    targets: Tensor
+    sets: dict[str, tuple[Tensor, Tensor]]
 
     @classmethod
-    def of_fit(cls, name: str, n: int, fit: KernelFit) -> Arm:
-        """Summarize a kernel fit on n samples."""
-        validated = None if fit.val_errors is None else fit.validated_error
-        columns = {"steps": fit.steps, "errors": fit.test_errors, "losses": fit.test_losses}
-        curve = {name: values.tolist() for name, values in columns.items() if values is not None}
-        return cls(name, n, fit.optimal_error, int(fit.optimal_step), fit.last_error, validated, curve)
+    def compute(
+        cls,
+        grams: GramAndCross,
+        train: Samples,
+        evaluation: dict[str, Samples],
+        n: int,
+    ) -> NestedProblem:
+        """Compute both Grams, in one pass over the evaluation sets.
 
-    def row(self) -> dict[str, Any]:
-        """Give the cells of a table: everything but the curve."""
-        return {name: value for name, value in vars(self).items() if name != "curve"}
+        Args:
+            grams: Gives the kernel of n training inputs, (n, n), and those of other inputs with them, (m, n).
+            train: The training set.
+            evaluation: The "test" set, and the "val" set if there is one.
+            n: The largest size to fit, N.
+
+        Returns:
+            The problem.
+        """
+        gram, *crosses = grams(train.x[:n], *(samples.x for samples in evaluation.values()))
+        sets = {name: (part, samples.y) for (name, samples), part in zip(evaluation.items(), crosses, strict=True)}
+        return cls(gram, train.y[:n], sets)
+
+    def sgd(
+        self, n: int, optimizer: OptimizerConfig, *, epochs_between: float = 1.0, steps: Sequence[int] | None = None
+    ) -> KernelFit:
+        """Fit the first n samples by kernel SGD.
+
+        Args:
+            n: How many.
+            optimizer: The same as the network's.
+            epochs_between: Epochs between two evaluations.
+            steps: Evaluate after these steps instead.
+
+        Returns:
+            The fit.
+        """
+        every = max(1, round(optimizer.steps_per_epoch(n) * epochs_between))
+        sets = {name: (kernel[:, :n], targets) for name, (kernel, targets) in self.sets.items()}
+        return kernel_sgd(
+            self.gram[:n, :n],
+            self.targets[:n],
+            optimizer,
+            test=sets["test"],
+            val=sets.get("val"),
+            eval_every=every if steps is None else steps,
+        )
 
 
 def check_sizes(sizes: Sequence[int] | None, n: int, what: str) -> list[int]:
@@ -67,7 +99,7 @@ def check_sizes(sizes: Sequence[int] | None, n: int, what: str) -> list[int]:
 
 
 def fit_nested(
-    grams: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    grams: GramAndCross,
     train: Samples,
     evaluation: dict[str, Samples],
     optimizer: OptimizerConfig,
@@ -77,7 +109,7 @@ def fit_nested(
     """Fit a kernel by SGD on the first n training samples, for several n.
 
     Args:
-        grams: Gives the kernel of n training inputs, (n, n), and that of m other inputs with them, (m, n).
+        grams: As of :meth:`NestedProblem.compute`.
         train: The largest training set.
         evaluation: The "test" set, and the "val" set if there is one.
         optimizer: The same as the network's.
@@ -87,56 +119,5 @@ def fit_nested(
     Returns:
         The fit of each size.
     """
-    gram, cross = nested_grams(grams, train, evaluation, sizes[-1])
-    return {n: fit_first(n, gram, cross, train, evaluation, optimizer, epochs_between) for n in sizes}
-
-
-def nested_grams(
-    grams: Callable[[Tensor, Tensor], tuple[Tensor, ...]], train: Samples, evaluation: dict[str, Samples], n: int
-) -> tuple[Tensor, Tensor]:
-    """Compute the Grams that fits on up to n samples are cut from.
-
-    Args:
-        grams: As of :func:`fit_nested`.
-        train: The training set.
-        evaluation: The sets to evaluate on.
-        n: The largest size.
-
-    Returns:
-        The kernel of the training samples, (n, n), and that of all evaluation samples, in order, with them, (m, n).
-    """
-    gram, cross = grams(train.x[:n], torch.cat([samples.x for samples in evaluation.values()]))
-    return gram, cross
-
-
-def fit_first(
-    n: int,
-    gram: Tensor,
-    cross: Tensor,
-    train: Samples,
-    evaluation: dict[str, Samples],
-    optimizer: OptimizerConfig,
-    epochs_between: float = 1.0,
-    steps: Sequence[int] | None = None,
-) -> KernelFit:
-    """Fit a kernel by SGD on the first n training samples.
-
-    Args:
-        n: Number of samples.
-        gram: Of :func:`nested_grams`.
-        cross: The same.
-        train: The training set.
-        evaluation: The "test" set, and the "val" set if there is one.
-        optimizer: The same as the network's.
-        epochs_between: Epochs between two evaluations.
-        steps: Evaluate after these steps instead.
-
-    Returns:
-        The fit.
-    """
-    sets: dict[str, Any] = {}
-    parts = torch.split(cross, [len(samples) for samples in evaluation.values()])
-    for (name, samples), part in zip(evaluation.items(), parts, strict=True):
-        sets |= {f"{name}_kernel": part[:, :n], f"{name}_targets": samples.y}
-    every = max(1, round(optimizer.steps_per_epoch(n) * epochs_between))
-    return kernel_sgd(gram[:n, :n], train.y[:n], optimizer, eval_every=every if steps is None else steps, **sets)
+    problem = NestedProblem.compute(grams, train, evaluation, sizes[-1])
+    return {n: problem.sgd(n, optimizer, epochs_between=epochs_between) for n in sizes}

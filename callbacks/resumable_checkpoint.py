@@ -83,7 +83,7 @@ class ResumableCheckpoint(OnExceptionCheckpoint):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take up the random states of a checkpoint, and listen to signals again: Lightning has begun to as well."""
+        """Restore the random states of a checkpoint, and listen to signals again: Lightning has begun to as well."""
         self._saved_step = trainer.global_step
         if self._random_states is not None:
             _set_random_states(self._random_states)
@@ -92,7 +92,7 @@ class ResumableCheckpoint(OnExceptionCheckpoint):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Save where it is time, and stop where a signal came."""
-        if batch_idx % trainer.accumulate_grad_batches:
+        if batch_idx % trainer.accumulate_grad_batches or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside
             return
         self._between_batches = True
         step, received = trainer.global_step, self._agree(trainer)
@@ -113,16 +113,18 @@ class ResumableCheckpoint(OnExceptionCheckpoint):
                 _leave(trainer, self._received)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave signals to whom they were left before."""
-        self._restore_handlers(trainer)
+        """Keep listening while kernels are extracted and fitted: Lightning would restore the handlers it has found."""
+        trainer._signal_connector.teardown()
+        self._listen(trainer)
 
     def on_exception(self, trainer: Trainer, *_: Any, **__: Any) -> None:  # noqa: ANN401 - Lightning's signature
-        """Save nothing: an exception may leave a step half done."""
+        """Restore the previous signal handlers. Nothing is saved: an exception may leave a step half done."""
         self._restore_handlers(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the checkpoint of a complete run."""
+        """Restore the previous signal handlers, and remove the checkpoint of a complete run."""
         if stage == "fit":
+            self._restore_handlers(trainer)
             trainer.strategy.remove_checkpoint(self.ckpt_path)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -136,12 +138,12 @@ class ResumableCheckpoint(OnExceptionCheckpoint):
             _rewind_to_batch_start(checkpoint["loops"]["fit_loop"], self._at_batch, trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the random states until the training starts."""
+        """Keep the random states of this process until the training starts."""
         states = checkpoint.get("random_states")
         self._random_states = states[trainer.global_rank % len(states)] if states else None
 
     def _listen(self, trainer: Trainer) -> None:
-        """Take the signals over from whoever has them; the first time, note from whom."""
+        """Handle the signals from now on; the first time, keep the handlers that were there."""
         if threading.current_thread() is not threading.main_thread():
             return
 

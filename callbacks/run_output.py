@@ -5,38 +5,27 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Trainer
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 
-from ntk_lightning import atomic_files
+from ntk_lightning.atomic_files import atomic_write, writing
 
-__all__ = ["check_folder", "log_figure", "log_metrics", "log_table", "run_folder", "writing"]
+__all__ = ["ADVICE", "check_folder", "log_figure", "log_metrics", "log_table", "run_folder"]
 
-_ADVICE = "Make room there, or choose another default_root_dir of the Trainer or save_dir of the logger"
-
-
-def writing(path: Path) -> AbstractContextManager[None]:
-    """Say what to do when the body cannot write into a run's folder.
-
-    Args:
-        path: What is being written.
-
-    Returns:
-        Raises an OSError that says so, where the body raises one.
-    """
-    return atomic_files.writing(path, _ADVICE)
+ADVICE = "Make room there, or choose another default_root_dir of the Trainer or save_dir of the logger"
 
 
-def run_folder(trainer: Trainer) -> Path:
+def run_folder(trainer: Trainer, advice: str = ADVICE) -> Path:
     """Give the folder of the run's tables and pictures, where its checkpoints go too.
 
     Args:
-        trainer: Of the run.
+        trainer: Trainer of the run.
+        advice: What to do where it cannot be made.
 
     Returns:
         <save_dir>/<name>/<version> of the first logger, or the Trainer's root folder; made if missing.
@@ -49,7 +38,7 @@ def run_folder(trainer: Trainer) -> Path:
         logger = trainer.loggers[0]
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"  # as Lightning
         folder = Path(logger.save_dir or folder) / str(logger.name) / version
-    with writing(folder):
+    with writing(folder, advice):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -58,76 +47,73 @@ def check_folder(trainer: Trainer) -> None:
     """Make the folder of the run's tables and pictures, on rank zero, so that its absence is told before the training.
 
     Args:
-        trainer: Of the run.
+        trainer: Trainer of the run.
     """
-    if trainer.is_global_zero:
+    if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside the class
         run_folder(trainer)
 
 
 def log_metrics(trainer: Trainer, metrics: dict[str, float], step: int) -> None:
-    """Hand metrics to every logger of the run.
+    """Hand metrics to every logger of the run, and to callbacks that monitor one by ``trainer.callback_metrics``.
 
     Args:
-        trainer: Of the run.
+        trainer: Trainer of the run.
         metrics: Values by name.
         step: Optimizer step that they belong to.
     """
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=step)
+    trainer.callback_metrics.update({name: torch.tensor(float(value)) for name, value in metrics.items()})
 
 
 def log_table(trainer: Trainer, name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Keep a table as CSV in the run's folder and in W&B; does nothing but on rank zero, or without rows.
+    """Keep a table as CSV in the run's folder and in W&B.
+
+    Only rank zero writes; nothing is written without rows or in a ``fast_dev_run``.
 
     Args:
-        trainer: Of the run.
-        name: Of the table.
+        trainer: Trainer of the run.
+        name: Name of the table.
         rows: Cells by column, the same columns in every row.
 
     Raises:
         OSError: The table cannot be written; the message holds it.
     """
-    if not trainer.is_global_zero or not rows:
+    if not trainer.is_global_zero or not rows or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside the class
         return
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, rows[0])
     writer.writeheader()
     writer.writerows(rows)
-    path = Path(trainer.default_root_dir) / f"{name}.csv"
-    try:
-        path = run_folder(trainer) / f"{name}.csv"
-        partial = path.with_suffix(".csv.partial")
-        partial.write_text(text.getvalue(), newline="")
-        partial.replace(path)  # a table that was there is whole until the new one is
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"Cannot write {path}: {error.strerror}. Make room there or choose another default_root_dir; the table is\n"
-            f"{text.getvalue()}",
-        ) from error
+    advice = f"{ADVICE}; the table is\n{text.getvalue()}"
+    path = run_folder(trainer, advice) / f"{name}.csv"
+    with atomic_write(path, advice) as temporary:
+        temporary.write_text(text.getvalue(), newline="")
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_table(name, list(rows[0]), [list(row.values()) for row in rows])
 
 
 def log_figure(trainer: Trainer, name: str, figure: Figure) -> Path | None:
-    """Keep a figure as <name>.png in the run's folder and as <name>_figure in W&B; does nothing but on rank zero.
+    """Keep a figure as <name>.png in the run's folder and as <name>_figure in W&B.
+
+    Only rank zero writes; nothing is written in a ``fast_dev_run``.
 
     Args:
-        trainer: Of the run.
-        name: Of the picture.
+        trainer: Trainer of the run.
+        name: Name of the picture.
         figure: What was drawn.
 
     Returns:
-        The path of the picture, None off rank zero.
+        The path of the picture, None where none is written.
 
     Raises:
         OSError: It cannot be written.
     """
-    if not trainer.is_global_zero:
+    if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside the class
         return None
     path = run_folder(trainer) / f"{name}.png"
-    with writing(path):
+    with writing(path, ADVICE):
         figure.savefig(path)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):

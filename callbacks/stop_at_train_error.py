@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from lightning import Callback, LightningModule, Trainer
+from torch import distributed, nn
 
-from ntk_lightning.callbacks.from_trainer import evaluating, samples
+from ntk_lightning.callbacks.from_trainer import check_sets, evaluating, samples
 from ntk_lightning.datamodules import BatchLoader
+from ntk_lightning.kernels.grams.agreement import share_buffers
 from ntk_lightning.modules.base import NTKModule
 from ntk_lightning.objective import count_errors, encode_targets
 
 __all__ = ["StopAtTrainError"]
 
 _BATCH = 500  # samples that are evaluated at a time
+
+
+@contextmanager
+def first_buffers(module: nn.Module) -> Iterator[None]:
+    """Evaluate one network on all processes: for a while its buffers are those of rank zero, which drift in DDP.
+
+    Args:
+        module: The module.
+
+    Yields:
+        None, without gradients; every process has its own buffers again at the end.
+    """
+    shared = distributed.is_available() and distributed.is_initialized()
+    own = [(buffer, buffer.clone()) for buffer in module.buffers()] if shared else []
+    with torch.no_grad():
+        share_buffers(module)
+        try:
+            yield
+        finally:
+            for buffer, values in own:
+                buffer.copy_(values)
 
 
 class StopAtTrainError(Callback):
@@ -47,6 +73,7 @@ class StopAtTrainError(Callback):
             )
         if stage == "fit":
             samples(trainer, "train")
+            check_sets(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the training error and decide."""
@@ -54,7 +81,7 @@ class StopAtTrainError(Callback):
         train, counts = samples(trainer, "train"), torch.zeros(2, dtype=torch.float64)
         parts = torch.arange(len(train)).split(_BATCH)
         loader = BatchLoader(train, parts, rank=trainer.global_rank, world_size=trainer.world_size)
-        with torch.no_grad(), evaluating(pl_module), trainer.precision_plugin.forward_context():
+        with first_buffers(pl_module), evaluating(pl_module), trainer.precision_plugin.forward_context():
             for batch in loader:
                 outputs = pl_module.predict(batch, "train")
                 targets = encode_targets(batch.y, outputs.shape[1], outputs.dtype)

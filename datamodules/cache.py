@@ -1,19 +1,19 @@
-"""The folder of downloaded and converted data, and what is said where it cannot be written."""
+"""The folder of downloaded and converted data, and the lock of a file in it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
 
-from ntk_lightning import atomic_files
+from ntk_lightning.atomic_files import writing
 
-__all__ = ["cache_folder", "locked", "writing"]
+__all__ = ["ADVICE", "cache_folder", "locked"]
 
-_ADVICE = "Make room there or choose another cache folder; what is finished is kept and the next run goes on from it"
+ADVICE = "Make room there or choose another cache folder; what is finished is kept and the next run goes on from it"
 
 
 def cache_folder() -> Path:
@@ -27,21 +27,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ntk_lightning"
 
 
-def writing(path: Path) -> AbstractContextManager[None]:
-    """Say what to do when the body cannot write.
-
-    Args:
-        path: What is being written.
-
-    Returns:
-        Raises an OSError that says so, where the body raises one.
-    """
-    return atomic_files.writing(
-        path,
-        "Make room there or choose another cache folder; what is finished is kept and the next run goes on from it",
-    )
-
-
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Let one process at a time run the body.
@@ -53,7 +38,7 @@ def locked(path: Path) -> Iterator[None]:
         Nothing.
     """
     lock = FileLock(f"{path}.lock")
-    with writing(path):
+    with writing(path, ADVICE):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     try:

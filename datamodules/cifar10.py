@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ntk_lightning.datamodules.base import ImageDataModule, Samples
-from ntk_lightning.datamodules.parquet import binary_labels, column_names, read_parquet
+from ntk_lightning.datamodules.base import ImageDataModule
+from ntk_lightning.datamodules.parquet import column_names, read_parquet
+from ntk_lightning.datamodules.samples import Samples
+from ntk_lightning.datamodules.two_classes import binary_labels, check_classes
 
 __all__ = ["CIFAR10Binary"]
 
@@ -33,8 +35,7 @@ class CIFAR10Binary(ImageDataModule):
 
     def __init__(self, path: str | None = None, classes: tuple[int, int] = (5, 7), **kwargs: Any) -> None:  # noqa: ANN401 - passed on
         super().__init__(**kwargs)
-        if len(set(classes)) != 2 or not set(classes) <= set(range(10)):
-            raise ValueError(f"classes must be two different class numbers from 0 to 9, got {classes}.")
+        check_classes(classes)
         self.path = None if path is None else Path(path).expanduser()
         self.classes = classes
         if self.path is not None:
@@ -78,6 +79,6 @@ def _from_hub(split: str) -> Any:  # noqa: ANN401 - datasets ships no types
         return datasets.load_dataset(HUB_ID, split=split, revision=REVISION)
     except (ConnectionError, OSError) as error:
         raise ConnectionError(
-            f"{HUB_ID} could not be had from the Hugging Face hub ({error}). Check the network, or download its "
+            f"{HUB_ID} could not be downloaded from the Hugging Face hub ({error}). Check the network, or download its "
             "parquet files and give their folder as path."
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -12,10 +11,10 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from numpy.lib import format as npy_format
 
-from ntk_lightning.datamodules.base import ImageDataModule, Samples
-from ntk_lightning.datamodules.cache import cache_folder
 from ntk_lightning.datamodules.download import delete_temporary, download_temporary
-from ntk_lightning.datamodules.image_file import SHAPE, SIZE, ImageFile, key_of_files
+from ntk_lightning.datamodules.image_file import SHAPE, SIZE, ImageFile
+from ntk_lightning.datamodules.prepared import PreparedDataModule
+from ntk_lightning.datamodules.two_classes import check_classes
 from ntk_lightning.progress import progress_bar
 
 __all__ = ["CIFAR5mBinary", "read_part"]
@@ -25,7 +24,7 @@ PARTS = {"train": tuple(f"part{i}" for i in range(5)), "test": ("part5",)}
 ROWS = 1024  # images held in memory at a time: 3 MiB
 
 
-class CIFAR5mBinary(ImageDataModule):
+class CIFAR5mBinary(PreparedDataModule):
     """Two classes of CIFAR-5m (Nakkiran, Neyshabur, Sedghi, 2021, arXiv 2010.08127): by default dog (-1), horse (+1).
 
     Six million synthetic images like those of CIFAR-10, about 100,000 of each class a part; the training pool is from
@@ -61,42 +60,45 @@ class CIFAR5mBinary(ImageDataModule):
         url: str = URL,
         **kwargs: Any,  # noqa: ANN401 - passed on
     ) -> None:
-        super().__init__(**kwargs)
-        if len(set(classes)) != 2 or not set(classes) <= set(range(10)):
-            raise ValueError(f"classes must be two different numbers from 0 to 9, got {classes}.")
-        self.path = None if path is None else Path(path).expanduser()
-        self.cache = (cache_folder() if cache is None else Path(cache).expanduser()) / "cifar5m"
-        self.classes, self.keep_downloads, self.url = classes, keep_downloads, url.rstrip("/")
-        if self.path is not None:
-            for part in (*PARTS["train"], *PARTS["test"]):
-                self._local(self.path, part)
+        super().__init__("cifar5m", path, cache, keep_downloads, url, **kwargs)
+        check_classes(classes)
+        self.classes = classes
+        self.check_local()
 
-    def prepare_data(self) -> None:
-        """Download and filter what is not in the cache yet."""
-        for split in PARTS:
-            self._prepared(split)
+    def parts(self, pool: str) -> tuple[str, ...]:
+        """Name the parts of a pool (see the base class)."""
+        return PARTS[pool]
 
-    def load(self, train: bool) -> Samples:
-        """Map one pool into memory (see the base class)."""
-        return self._prepared("train" if train else "test").samples()
+    def pieces(self, pool: str) -> tuple[str, ...]:
+        """Name the pieces of a pool: its parts."""
+        return PARTS[pool]
 
-    def _prepared(self, split: str) -> ImageFile:
-        parts = PARTS[split]
-        key = self._source if self.path is None else key_of_files([self._local(self.path, part) for part in parts])
-        images = ImageFile(self.cache / "{}-{}-{}-{}".format(split, *self.classes, key))
-        if images.holds(parts):
-            return images
-        with images.lock():
-            for part in parts:
-                if not images.holds([part]):
-                    self._filter(part, images)
-        return images
+    def stem(self, pool: str) -> str:
+        """Name a pool's images by their classes."""
+        return "{}-{}-{}".format(pool, *self.classes)
+
+    def find_local(self, folder: Path, part: str) -> list[Path]:
+        """Find a part by either of its names (see the base class)."""
+        for file in (folder / f"{part}.npz", folder / f"cifar5m_{part}.npz"):
+            if file.is_file():
+                return [file]
+        raise FileNotFoundError(
+            f"{folder} has no {part}.npz (nor cifar5m_{part}.npz): give the folder that holds parts 0 to 5 of "
+            "CIFAR-5m, or leave path out to download them."
+        )
+
+    def convert(self, pool: str, images: ImageFile) -> None:
+        """Filter the missing parts of a pool, one after the other (see the base class)."""
+        for part in PARTS[pool]:
+            if not images.holds([part]):
+                self._filter(part, images)
 
     def _filter(self, part: str, images: ImageFile) -> None:
         if self.path is not None:
-            images.add(part, read_part(self._local(self.path, part), self.classes))
+            (file,) = self.find_local(self.path, part)
+            images.add(part, read_part(file, self.classes))
             return
-        file = self.cache / (f"{part}.npz" if self.url == URL else f"{part}-{self._source}.npz")
+        file = self.cache / (f"{part}.npz" if self.url == URL else f"{part}-{self.source}.npz")
         download_temporary(f"{self.url}/{part}.npz", file)
         try:
             images.add(part, read_part(file, self.classes))
@@ -105,20 +107,6 @@ class CIFAR5mBinary(ImageDataModule):
             raise
         if not self.keep_downloads:
             delete_temporary(file)
-
-    @property
-    def _source(self) -> str:
-        return hashlib.sha256(self.url.encode()).hexdigest()[:12]
-
-    @staticmethod
-    def _local(path: Path, part: str) -> Path:
-        for file in (path / f"{part}.npz", path / f"cifar5m_{part}.npz"):
-            if file.is_file():
-                return file
-        raise FileNotFoundError(
-            f"{path} has no {part}.npz (nor cifar5m_{part}.npz): give the folder that holds parts 0 to 5 of CIFAR-5m, "
-            "or leave path out to download them."
-        )
 
 
 def read_part(file: Path, classes: tuple[int, int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -6,7 +6,6 @@ import binascii
 import errno
 import hashlib
 import http.client
-import os
 import re
 import shutil
 import time
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
-from ntk_lightning.datamodules.cache import locked, writing
+from ntk_lightning.atomic_files import SUFFIX, flush, publish, writing
+from ntk_lightning.datamodules.cache import ADVICE, locked
 from ntk_lightning.datamodules.image_file import key_of_files
 from ntk_lightning.progress import progress_bar
 
@@ -72,7 +72,7 @@ def download(
             if md5 is not None and (found := _md5(path)) != md5:
                 raise ValueError(f"{path} has the MD5 checksum {found} instead of {md5}: delete it and run again.")
             return path
-        partial = path.with_name(f"{path.name}.partial")
+        partial = path.with_name(f"{path.name}{SUFFIX}")
         _fetch(url, partial, attempts, backoff, timeout, progress)
         expected = md5 or _known_version(partial)[1]
         if expected and (found := _md5(partial)) != expected:
@@ -81,8 +81,8 @@ def download(
                 f"{url} came with the MD5 checksum {found} instead of {expected} and was deleted: run again for a "
                 f"fresh copy, or put the right file at {path} by hand."
             )
-        with writing(path):
-            partial.replace(path)
+        with writing(path, ADVICE):
+            publish(partial, path)
             _version_file(partial).unlink(missing_ok=True)
     return path
 
@@ -101,7 +101,7 @@ def download_temporary(url: str, path: Path, md5: str | None = None) -> Path:
     there = path.exists()
     download(url, path, md5=md5)
     if not there:
-        with writing(path):
+        with writing(path, ADVICE):
             _mark(path).write_text(key_of_files([path]))
     return path
 
@@ -170,10 +170,10 @@ def _attempt(url: str, partial: Path, timeout: float, progress: bool) -> None:
             total, offset = reply.length, 0
             if not total:
                 raise _InterruptedTransfer("the server sent an empty file, or did not say how long it is")
-            with writing(partial):
+            with writing(partial, ADVICE):
                 partial.write_bytes(b"")
                 _version_file(partial).write_text(f"{now}\n{_published_md5(reply.headers)}")
-        with writing(partial):
+        with writing(partial, ADVICE):
             if (free := shutil.disk_usage(partial.parent).free) < total - offset:
                 needed = f"{(total - offset) / 2**20:,.1f} MiB needed, {free / 2**20:,.1f} MiB free"
                 raise OSError(errno.ENOSPC, needed)
@@ -187,7 +187,7 @@ def _attempt(url: str, partial: Path, timeout: float, progress: bool) -> None:
 def _receive(reply: http.client.HTTPResponse, partial: Path, length: int, advance: Callable[[float], None]) -> int:
     """Append at most ``length`` bytes of the body to the file; return how many came."""
     left = length
-    with writing(partial), partial.open("ab") as file:  # closing it writes too
+    with writing(partial, ADVICE), partial.open("ab") as file:  # closing it writes too
         while left:
             try:
                 data = reply.read1(min(_CHUNK, left))
@@ -198,8 +198,8 @@ def _receive(reply: http.client.HTTPResponse, partial: Path, length: int, advanc
             file.write(data)
             left -= len(data)
             advance(len(data))
-        file.flush()
-        os.fsync(file.fileno())
+    with writing(partial, ADVICE):
+        flush(partial)
     return length - left
 
 

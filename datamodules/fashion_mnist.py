@@ -6,8 +6,9 @@ from pathlib import Path
 
 from torch.nn import functional as F
 
-from ntk_lightning.datamodules.base import ImageDataModule, Samples
+from ntk_lightning.datamodules.base import ImageDataModule
 from ntk_lightning.datamodules.parquet import read_parquet
+from ntk_lightning.datamodules.samples import Samples
 
 __all__ = ["FashionMNISTBinary"]
 

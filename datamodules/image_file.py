@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from io import FileIO
@@ -13,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ntk_lightning.datamodules.base import Samples
-from ntk_lightning.datamodules.cache import locked, writing
+from ntk_lightning.atomic_files import atomic_write, flush, writing
+from ntk_lightning.datamodules.cache import ADVICE, locked
+from ntk_lightning.datamodules.samples import Samples
 
 __all__ = ["ImageFile", "key_of_files"]
 
@@ -80,17 +80,15 @@ class ImageFile:
             for x, y in batches:
                 if x.dtype != np.uint8 or x.shape != (len(y), *SHAPE):
                     raise ValueError(f"{piece}: {len(y)} labels need uint8 images {SHAPE}, got {x.dtype} {x.shape}.")
-                with writing(self._images):
+                with writing(self._images, ADVICE):
                     _write(images, x)
                     _write(labels, y.astype(np.int8))
                 count += len(y)
-            with writing(self._images):
-                for file in (images, labels):
-                    os.fsync(file.fileno())
-        with writing(self._state):
-            temporary = Path(f"{self._state}.partial")
+        with writing(self._images, ADVICE):
+            flush(self._images)
+            flush(self._labels)
+        with atomic_write(self._state, ADVICE) as temporary:
             temporary.write_text(json.dumps({**pieces, piece: count}))
-            temporary.replace(self._state)
 
     def samples(self) -> Samples:
         """Map the finished pieces into memory: only images that are used are read.
@@ -113,7 +111,7 @@ class ImageFile:
 
     @staticmethod
     def _open_at(path: Path, size: int) -> FileIO:
-        with writing(path):
+        with writing(path, ADVICE):
             path.touch()
             file = path.open("r+b", buffering=0)  # nothing is left to be written, and to fail, when it is closed
             file.truncate(size)

@@ -13,27 +13,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ntk_lightning.datamodules.base import Samples
+from ntk_lightning.datamodules.samples import Samples
+from ntk_lightning.datamodules.two_classes import binary_labels
 
-__all__ = ["binary_labels", "check_schema", "column_names", "decode", "read_parquet", "reading"]
+__all__ = ["check_schema", "column_names", "decode", "read_parquet", "reading"]
 
 _PICTURE_ERRORS = (  # what Pillow raises of damaged files
     *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, struct.error),
     Image.DecompressionBombError,
 )
-
-
-def binary_labels(labels: np.ndarray, classes: tuple[int, int]) -> torch.Tensor:
-    """Map the first class to -1 and the second to +1.
-
-    Args:
-        labels: (n,) class numbers, each one of the two.
-        classes: The two class numbers.
-
-    Returns:
-        float32 labels (n,).
-    """
-    return torch.from_numpy(np.where(labels == classes[1], 1.0, -1.0).astype(np.float32))
 
 
 def decode(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +11,10 @@ import numpy as np
 from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
-from ntk_lightning.datamodules.base import ImageDataModule, Samples
-from ntk_lightning.datamodules.cache import cache_folder
 from ntk_lightning.datamodules.download import delete_temporary, download_temporary
-from ntk_lightning.datamodules.image_file import ImageFile, key_of_files
+from ntk_lightning.datamodules.image_file import ImageFile
 from ntk_lightning.datamodules.parquet import check_schema, column_names, decode, reading
+from ntk_lightning.datamodules.prepared import PreparedDataModule
 from ntk_lightning.progress import progress_bar
 
 __all__ = ["SVHNParity"]
@@ -27,18 +25,17 @@ MD5 = {
     "test": "eb5a983be6a315427106f1b164d9cef3",
     "extra": "a93ce644f1a588dc4d68dda5feec44a7",
 }
-POOLS = {"train": ("train", "extra"), "test": ("test",)}
 ROWS = 1024  # images converted at a time
 _LOADMAT_ERRORS = OSError, EOFError, LookupError, ValueError, TypeError, NotImplementedError, MatReadError, zlib.error
 
 
-class SVHNParity(ImageDataModule):
+class SVHNParity(PreparedDataModule):
     """Even (-1) against odd (+1) digits of SVHN, cropped to 32x32 (Netzer et al., 2011).
 
-    The training pool is a balanced subset of the splits "train" and "extra": all digits of the rarer parity, and as
-    many of the other, drawn with a fixed seed. The test pool is the split "test" as it is, in which about 54 % of the
-    digits are odd. Both are converted once into the cache (about 1.8 GB) and mapped into memory from there. Converting
-    the largest file, of 531,131 images, holds it in memory once as a whole (more than 1.6 GB).
+    The training pool is a balanced subset of the splits "train" and "extra", or of "train" alone: all digits of the
+    rarer parity, and as many of the other, drawn with a fixed seed. The test pool is the split "test" as it is, in
+    which about 54 % of the digits are odd. Both are converted once into the cache (about 1.8 GB) and mapped into memory
+    from there. Converting the largest file, of 531,131 images, holds it in memory once as a whole (more than 1.6 GB).
 
     Args:
         path: Folder with ``train_32x32.mat``, ``extra_32x32.mat`` and ``test_32x32.mat``, in which ``X`` is uint8
@@ -50,10 +47,12 @@ class SVHNParity(ImageDataModule):
         keep_downloads: Keep the downloaded files (1.5 GB) after they were converted; files that were put into the
             cache by hand are kept in any case.
         url: Folder of the files on the web.
+        extra: False leaves out the split "extra", of 531,131 easier digits and 1.3 GB: the 73,257 digits of "train" are
+            the training pool, and nothing of "extra" is looked for.
         **kwargs: Those of :class:`~ntk_lightning.datamodules.ImageDataModule`.
 
     Raises:
-        FileNotFoundError: ``path`` lacks a split.
+        FileNotFoundError: ``path`` lacks a split that is asked for.
     """
 
     def __init__(
@@ -62,66 +61,61 @@ class SVHNParity(ImageDataModule):
         cache: str | None = None,
         keep_downloads: bool = False,
         url: str = URL,
+        extra: bool = True,
         **kwargs: Any,  # noqa: ANN401 - passed on
     ) -> None:
-        super().__init__(**kwargs)
-        self.path = None if path is None else Path(path).expanduser()
-        self.cache = (cache_folder() if cache is None else Path(cache).expanduser()) / "svhn"
-        self.keep_downloads, self.url = keep_downloads, url.rstrip("/")
-        if self.path is not None:
-            for split in MD5:
-                _local(self.path, split)
+        super().__init__("svhn", path, cache, keep_downloads, url, **kwargs)
+        self.extra = extra
+        self.check_local()
 
-    def prepare_data(self) -> None:
-        """Download and convert what is not in the cache yet."""
-        for pool in POOLS:
-            self._prepared(pool)
+    def parts(self, pool: str) -> tuple[str, ...]:
+        """Name the splits of a pool (see the base class)."""
+        return ("train", "extra") if pool == "train" and self.extra else (pool,)
 
-    def load(self, train: bool) -> Samples:
-        """Map one pool into memory (see the base class)."""
-        return self._prepared("train" if train else "test").samples()
+    def pieces(self, pool: str) -> list[str]:
+        """Name the pieces of a pool: local files, or splits that are downloaded."""
+        return [str(file) for file in self.local_files(pool)] or list(self.parts(pool))
 
-    def _prepared(self, pool: str) -> ImageFile:
-        local = [] if self.path is None else [file for split in POOLS[pool] for file in _local(self.path, split)]
-        key = key_of_files(local) if local else hashlib.sha256(self.url.encode()).hexdigest()[:12]
-        images = ImageFile(self.cache / f"{pool}-{key}")
-        names = [str(file) for file in local] or POOLS[pool]
+    def stem(self, pool: str) -> str:
+        """Name a pool's images: another subset is balanced without "extra"."""
+        return pool if pool == "test" or self.extra else "train-without-extra"
+
+    def find_local(self, folder: Path, part: str) -> list[Path]:
+        """Find a split as a MATLAB file, or as parquet files (see the base class)."""
+        matlab = folder / f"{part}_32x32.mat"
+        if matlab.is_file():
+            return [matlab]
+        named = sorted(file for file in folder.rglob("*.parquet") if part in file.name)
+        files = [file for file in named if {"image", "label"} <= column_names(file)]
+        if not files:
+            raise FileNotFoundError(
+                f"{folder} has neither {matlab.name} nor a parquet file with {part!r} in its name and the columns "
+                "image and label: give the folder that holds train, extra and test of SVHN (extra=False does without "
+                "extra), or leave path out to download them."
+            )
+        return files
+
+    def convert(self, pool: str, images: ImageFile) -> None:
+        """Balance and convert a pool, whose labels have to be known as a whole (see the base class)."""
+        names = self.pieces(pool)
         if images.holds(names):
-            return images
-        with images.lock():
-            if images.holds(names):
-                return images
-            files = local or [self._download(split) for split in POOLS[pool]]
-            digits = [_digits(file) for file in files]
-            odd = np.concatenate(digits) % 2
-            chosen = _balanced(odd) if pool == "train" else np.ones(len(odd), bool)
-            masks = np.split(chosen, np.cumsum([len(part) for part in digits])[:-1])
-            for name, file, part, mask in zip(names, files, digits, masks, strict=True):
-                if not images.holds([name]):
-                    images.add(name, _read(file, part, mask))
-            if not (local or self.keep_downloads):
-                for file in files:
-                    delete_temporary(file)
-        return images
+            return
+        local = self.local_files(pool)
+        files = local or [self._download(split) for split in self.parts(pool)]
+        digits = [_digits(file) for file in files]
+        odd = np.concatenate(digits) % 2
+        chosen = _balanced(odd) if pool == "train" else np.ones(len(odd), bool)
+        masks = np.split(chosen, np.cumsum([len(part) for part in digits])[:-1])
+        for name, file, part, mask in zip(names, files, digits, masks, strict=True):
+            if not images.holds([name]):
+                images.add(name, _read(file, part, mask))
+        if not (local or self.keep_downloads):
+            for file in files:
+                delete_temporary(file)
 
     def _download(self, split: str) -> Path:
         name = f"{split}_32x32.mat"
         return download_temporary(f"{self.url}/{name}", self.cache / name, MD5[split])
-
-
-def _local(path: Path, split: str) -> list[Path]:
-    """Files of a split in the user's folder."""
-    matlab = path / f"{split}_32x32.mat"
-    if matlab.is_file():
-        return [matlab]
-    named = sorted(file for file in path.rglob("*.parquet") if split in file.name)
-    files = [file for file in named if {"image", "label"} <= column_names(file)]
-    if not files:
-        raise FileNotFoundError(
-            f"{path} has neither {matlab.name} nor a parquet file with {split!r} in its name and the columns image and "
-            "label: give the folder that holds train, extra and test of SVHN, or leave path out to download them."
-        )
-    return files
 
 
 def _balanced(odd: np.ndarray) -> np.ndarray:
@@ -130,7 +124,7 @@ def _balanced(odd: np.ndarray) -> np.ndarray:
     parities = [np.flatnonzero(odd == parity) for parity in (0, 1)]
     for name, rows in zip(("even", "odd"), parities, strict=True):
         if not len(rows):
-            raise ValueError(f"The splits train and extra have no {name} digit: give files of SVHN with both parities.")
+            raise ValueError(f"The training splits have no {name} digit: give files of SVHN with both parities.")
     for rows in parities:
         chosen[np.random.default_rng(0).permutation(rows)[: min(map(len, parities))]] = True
     return chosen

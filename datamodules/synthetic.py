@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ntk_lightning.datamodules.base import ImageDataModule, Samples
+from ntk_lightning.datamodules.base import ImageDataModule
+from ntk_lightning.datamodules.samples import Samples
 from ntk_lightning.networks import FiveLayerCNN
+from ntk_lightning.whole_number import check_size
 
 __all__ = ["SyntheticTeacher"]
 
@@ -48,8 +50,7 @@ class SyntheticTeacher(ImageDataModule):
         if distribution not in ("gaussian", "sphere"):
             raise ValueError(f'distribution must be "gaussian" or "sphere", got {distribution!r}.')
         self.distribution, self.shape, self.teacher_seed, self.pool_size = distribution, shape, teacher_seed, pool_size
-        if pool_size < 1:
-            raise ValueError(f"pool_size must be at least 1, got {pool_size}.")
+        check_size("pool_size", pool_size, 1)
         if teacher is None:
             if len(shape) != 3 or min(shape[1:]) < 8:
                 raise ValueError(f"The default teacher needs shape (C, H, W) of at least 8x8 pixels, got {shape}.")

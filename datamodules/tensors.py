@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ntk_lightning.datamodules.base import ImageDataModule, Samples, check_size
+from ntk_lightning.datamodules.base import ImageDataModule
+from ntk_lightning.datamodules.samples import Samples
+from ntk_lightning.whole_number import check_size
 
 __all__ = ["TensorData"]
 
@@ -15,7 +17,7 @@ class TensorData(ImageDataModule):
     """Two classes given as tensors, for data that this package does not know.
 
     Args:
-        train: Images (N, C, H, W) and labels (N,) in {-1, +1}, the training pool.
+        train: Images (N, C, H, W), or vectors (N, C), and labels (N,) in {-1, +1}, the training pool.
         test: The same for the test pool.
         **kwargs: Those of :class:`~ntk_lightning.datamodules.ImageDataModule`; ``n_train`` and ``n_test`` are by
             default the whole pools, less ``n_val`` and ``fresh``; ``fresh=True`` halves what ``n_val`` leaves.
@@ -45,8 +47,8 @@ class TensorData(ImageDataModule):
             if y.dim() != 1 or len(x) != len(y):
                 raise ValueError(f"{name}: {len(x)} images need as many labels (N,), got {tuple(y.shape)}.")
         n_val, fresh = kwargs.get("n_val", 0), kwargs.get("fresh", 0)
-        for name, size in (("n_val", n_val), ("fresh", fresh)):
-            check_size(name, size, 0)
+        check_size("n_val", n_val, 0)
+        check_size("fresh", int(fresh) if isinstance(fresh, bool) else fresh, 0)
         left = len(train[1]) - n_val
         n_train = left // 2 if fresh is True else left - fresh
         super().__init__(**{"n_train": n_train, "n_test": len(test[1]), **kwargs})

@@ -64,7 +64,7 @@ def main() -> None:
     for name, kernel in ((f"empirical, width {options.widths[-1]}", empirical), ("infinite", infinite)):
         gram, cross = kernel(train.x), kernel(test.x, train.x)
         optimizer = OptimizerConfig(lr=0.5 * critical_learning_rate(gram), momentum=0.9, batch_size=32, epochs=100)
-        fit = kernel_sgd(gram, train.y, optimizer, test_kernel=cross, test_targets=test.y)
+        fit = kernel_sgd(gram, train.y, optimizer, test=(cross, test.y))
         print(
             f"  {name}: test error {fit.optimal_error:.1%} at the best step (oracle), {fit.last_error:.1%} at the last"
         )

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         EmpiricalNTKDynamics,
         InfiniteNTKFit,
         KernelDiagnostics,
+        ModelErrors,
         OptimalEarlyStopping,
         ResumableCheckpoint,
         ScheduledCallback,
@@ -35,14 +36,26 @@ if TYPE_CHECKING:
     from ntk_lightning.modules import FiniteNetwork, InfiniteNTKReadout, KernelReadout, LinearizedNetwork
     from ntk_lightning.networks import MLP, Erf, FiveLayerCNN, MyrtleCNN, NTKConv2d, NTKLinear, Residual
     from ntk_lightning.optim import OptimizerConfig, critical_learning_rate
-    from ntk_lightning.scaling import ExponentDifference, PowerLawFit, compare_exponents, fit_power_law
+    from ntk_lightning.scaling import (
+        ExponentDifference,
+        LearningCurve,
+        PowerLawFit,
+        compare_exponents,
+        fit_power_law,
+        predict_learning_curve,
+    )
     from ntk_lightning.solvers import (
+        GaussianPrediction,
+        KernelBlocks,
         KernelFit,
         RidgeFit,
         gradient_descent,
         gradient_flow,
         kernel_sgd,
         kernel_sgd_grid,
+        log_marginal_likelihood,
+        nngp_posterior,
+        ntk_ensemble,
         ridge,
     )
     from ntk_lightning.studies import (
@@ -85,16 +98,20 @@ __all__ = [
     "FiniteNetwork",
     "FittedSeries",
     "FiveLayerCNN",
+    "GaussianPrediction",
     "Grid",
     "ImageDataModule",
     "InfiniteNTK",
     "InfiniteNTKFit",
     "InfiniteNTKReadout",
+    "KernelBlocks",
     "KernelDiagnostics",
     "KernelFit",
     "KernelReadout",
     "KernelStore",
+    "LearningCurve",
     "LinearizedNetwork",
+    "ModelErrors",
     "MyrtleCNN",
     "NTKConv2d",
     "NTKLinear",
@@ -125,6 +142,10 @@ __all__ = [
     "kernel_key",
     "kernel_sgd",
     "kernel_sgd_grid",
+    "log_marginal_likelihood",
+    "nngp_posterior",
+    "ntk_ensemble",
+    "predict_learning_curve",
     "read_config",
     "read_results",
     "read_study",

@@ -1,4 +1,4 @@
-"""``python -m ntk_lightning``: the command line, which tells a user's mistake in one sentence at the end."""
+"""``python -m ntk_lightning``: the command line, which reports a user's mistake in one sentence at its end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _RESTORING = (os.path.join("torch", "serialization.py"), "checkpoint_connector.p
 
 
 def explain(error: BaseException) -> str | None:
-    """Tell what the user can do about an error.
+    """Say what the user can do about an error.
 
     Args:
         error: What ended a run.
@@ -42,6 +42,11 @@ def explain(error: BaseException) -> str | None:
 
 def _raised_here(error: BaseException) -> bool:
     """Whether a ``raise`` statement of this package made the error, rather than something that went wrong."""
+    # Whoever wrote a `raise` in this package thought of the mistake and wrote a message for it; any other error, also
+    # one that Python raises inside this package (an index, a missing key), may be a bug and needs its traceback. The
+    # type cannot tell the two apart: both are ValueError, TypeError, KeyError. An exception class of our own could, if
+    # every `raise` of the package used it, in a second class for each of the built-in types that users may catch; so
+    # the instruction is looked at where the error came from: RAISE_VARARGS is what a `raise` statement compiles to.
     trace = error.__traceback__
     if trace is None:
         return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError  # what torch.load raises; nothing is unpickled here
@@ -11,8 +10,11 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
+from ntk_lightning.atomic_files import atomic_write, remove_stale, writing
+
 __all__ = ["AtomicCheckpointIO"]
 
+_ADVICE = "Make room there or choose another folder; the checkpoint before it is kept, and the same command resumes"
 _FAILURES = EOFError, OSError, RuntimeError, UnpicklingError
 
 
@@ -39,24 +41,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         final = Path(path)
-        partial = final.with_name(f"{final.name}.part")
-        try:
+        with writing(final, _ADVICE):
             final.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+            remove_stale(final.parent)
+        with atomic_write(final, _ADVICE) as temporary, temporary.open("wb") as file:
+            try:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(final)
-        except (OSError, RuntimeError) as error:
-            cause = error if isinstance(error, OSError) else error.__context__  # torch's end of a file that has failed
-            if not isinstance(cause, OSError):
-                raise
-            partial.unlink(missing_ok=True)
-            raise OSError(
-                cause.errno,
-                f"Cannot write {final}: {cause.strerror or cause}. Make room there or choose another folder; the "
-                "checkpoint before it is kept, and the same command goes on from there",
-            ) from error
+            except RuntimeError as error:
+                cause = error.__context__  # torch ends a file that has failed with an error of its own
+                if not isinstance(cause, OSError):
+                    raise
+                raise OSError(cause.errno, cause.strerror or str(cause)) from error
 
     def load_checkpoint(
         self,

@@ -12,7 +12,9 @@ from jsonargparse import DefaultHelpFormatter
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
-from ntk_lightning.callbacks.run_output import run_folder, writing
+from ntk_lightning.atomic_files import writing
+from ntk_lightning.callbacks.run_output import ADVICE, run_folder
+from ntk_lightning.callbacks.training_lines import TrainingLines
 from ntk_lightning.commands import COMMANDS, OWN, PROGRAM, example, overview, run_command
 from ntk_lightning.shipped_configs import find_configs
 
@@ -35,7 +37,7 @@ class RunConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write ``config.yaml`` into the run's folder."""
         path = run_folder(trainer) / "config.yaml"
-        with writing(path):
+        with writing(path, ADVICE):
             self.parser.save(self.config, path, skip_none=False, overwrite=True)
 
 
@@ -70,6 +72,7 @@ def main(args: Sequence[str] | None = None) -> LightningCLI | None:
         LightningDataModule,
         RunConfig,
         {"save_to_log_dir": False},
+        trainer_defaults={"callbacks": [TrainingLines()]},
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,

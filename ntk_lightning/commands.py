@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import fields
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from ntk_lightning.studies.executors import Resources
 
 __all__ = ["COMMANDS", "OWN", "overview", "run_command"]
 
@@ -100,7 +104,11 @@ def run_command(args: Sequence[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if name == "study":
+        from ntk_lightning.studies.executors import Resources  # here: a command imports only what it runs
+        from ntk_lightning.studies.study import study
+
         _add_study_arguments(parser)
+        _add_resources(parser, Resources)
     else:
         parser.add_argument("results", metavar="RESULTS", help="folder that studies wrote their tables to")
     if name == "figures":
@@ -111,9 +119,8 @@ def run_command(args: Sequence[str]) -> None:
         parser.add_argument("--entity", help="W&B user or team")
     options = vars(parser.parse_args(args[1:]))
     if name == "study":
-        from ntk_lightning.studies.study import study  # here: a command imports only what it runs
-
-        study(**options)
+        resources = Resources(**{item.name: options.pop(item.name) for item in fields(Resources)})
+        study(**options, resources=resources)
     elif name == "figures":
         from ntk_lightning.studies.figure_draw import figures
 
@@ -130,9 +137,14 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
     scales = "a scale of the study: small (the embedded images, for two cores), cifar10 (hours on them)"
     add("--scale", help=f"{scales}; without it the paper's size, CIFAR-5m (a download of 18 GB), for GPUs")
     add("--output", metavar="FOLDER", help="where results go (default: runs/studies/SCALE); run again to resume")
+    add("--wandb", metavar="PROJECT", help="log what is not yet logged as runs of this W&B project (default: none)")
+
+
+def _add_resources(parser: argparse.ArgumentParser, resources: type[Resources]) -> None:
+    add = parser.add_argument
     add("--ray", nargs="?", const="local", metavar="ADDRESS", help="run the cells on Ray: on this machine or a cluster")
     add("--cpus", type=int, help="CPU threads of a cell (default: all of this machine; on Ray, of the smallest node)")
-    add("--gpus", type=float, default=0.0, help="GPUs of a cell on Ray; 0.25 lets four cells share one (default: 0)")
-    budget = "memory for the gradients behind an empirical NTK (default: 4GB); wide networks need more"
-    add("--memory", default="4GB", metavar="AMOUNT", help=budget)
-    add("--wandb", metavar="PROJECT", help="log what is not yet logged as runs of this W&B project (default: none)")
+    sharing = "GPUs of a cell on Ray; 0.25 lets four cells share one (default: %(default)g)"
+    add("--gpus", type=float, default=resources.gpus, help=sharing)
+    budget = "memory for the gradients behind an empirical NTK (default: %(default)s); wide networks need more"
+    add("--memory", default=resources.memory, metavar="AMOUNT", help=budget)

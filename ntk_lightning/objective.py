@@ -1,4 +1,4 @@
-"""The task of every arm: mean squared error on targets in {-1, +1} (or one-hot), and the error rate."""
+"""The task of every model: mean squared error on targets in {-1, +1} (or one-hot), and the error rate."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ def encode_targets(labels: Tensor, num_outputs: int, dtype: torch.dtype) -> Tens
         dtype: Floating-point type of the outputs.
 
     Returns:
-        Targets (n, num_outputs).
+        Targets (n, num_outputs). Whether the labels are of classes that there are is for :func:`check_labels` to say,
+        once: it has to wait for the device.
 
     Raises:
         ValueError: The labels do not fit the number of outputs.
     """
     if num_outputs > 1 and labels.dim() == 1:
-        if labels.device.type == "cpu":  # elsewhere the check would wait for the device at every step
-            check_labels(labels, num_outputs)
         return F.one_hot(labels.long(), num_outputs).to(dtype)
     if labels.numel() != len(labels) * num_outputs:
         raise ValueError(f"Labels of shape {tuple(labels.shape)} do not fit {num_outputs} outputs.")
@@ -64,12 +63,14 @@ def count_errors(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs.argmax(-1) != targets.argmax(-1)) | outputs.isnan().any(-1)
 
 
-def check_labels(labels: Tensor, num_outputs: int = 1) -> None:
+def check_labels(labels: Tensor, num_outputs: int = 1, *, name: str = "Labels", hint: str = "") -> None:
     """Check labels.
 
     Args:
         labels: (n,): -1 or +1 for one output, class numbers for several; (n, num_outputs) targets may be any.
         num_outputs: Outputs of the network.
+        name: What to call them in the message.
+        hint: A sentence to end the message with.
 
     Raises:
         ValueError: A label is neither -1 nor +1, or is no class number.
@@ -79,13 +80,12 @@ def check_labels(labels: Tensor, num_outputs: int = 1) -> None:
         wrong = classes[(classes < 0) | (classes >= num_outputs) | (classes != classes.floor())]
         if len(wrong):
             raise ValueError(
-                f"Labels of a network with {num_outputs} outputs must be class numbers 0 to {num_outputs - 1}, got "
-                f"{wrong.unique()[:5].tolist()}: map them, or give the network one output for labels -1 and +1."
+                f"{name} of a network with {num_outputs} outputs must be class numbers 0 to {num_outputs - 1}, got "
+                f"{wrong.unique()[:5].tolist()}: map them, or give the network one output for labels -1 and +1.{hint}"
             )
         return
-    wrong = labels[(labels != 1) & (labels != -1)]
-    if len(wrong):
+    if ((labels != 1) & (labels != -1)).any():
         raise ValueError(
-            f"Labels must be -1 or +1, got {wrong.unique()[:5].tolist()}: map your two classes to them, "
-            "or give the network several outputs."
+            f"{name} must be -1 or +1, got {labels.unique()[:5].tolist()}: map your two classes to them (0 and 1 by "
+            f"2 * y - 1); several classes need several outputs of the network, or one_hot(y) for a solver.{hint}"
         )

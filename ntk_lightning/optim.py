@@ -1,17 +1,19 @@
-"""One optimizer configuration for every arm of a comparison, and the learning rate above which it diverges."""
+"""One optimizer configuration, shared by every model of a comparison."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 
 import numpy as np
 import torch
-from scipy.linalg import eigh_tridiagonal
 from torch import Tensor, nn
+
+from ntk_lightning.spectrum import critical_learning_rate
+from ntk_lightning.whole_number import is_whole
 
 __all__ = ["OptimizerConfig", "critical_learning_rate"]
 
@@ -29,7 +31,7 @@ class OptimizerConfig:
         epochs: Passes over the training set; ignored where ``steps`` is given.
         steps: Total optimizer steps, instead of ``epochs``.
         full_batch: Use the whole training set in every step, whatever ``batch_size`` says.
-        seed: Seed of the order of the samples; epoch e of any arm visits the same batches in the same order.
+        seed: Seed of the order of the samples; epoch e of any model visits the same batches in the same order.
 
     Raises:
         TypeError: A value is not a number, or not a whole one where it must be.
@@ -51,9 +53,14 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            whole = name not in ("lr", "momentum")
-            if not isinstance(value, Integral if whole else Real) and not (name == "steps" and value is None):
-                raise TypeError(f"{name} must be a {'whole ' if whole else ''}number, got {value!r}.")
+            if name == "full_batch":
+                if not isinstance(value, bool | np.bool_):
+                    raise TypeError(f"full_batch must be True or False, got {value!r}.")
+            elif name in ("lr", "momentum"):
+                if not isinstance(value, Real) or isinstance(value, bool):
+                    raise TypeError(f"{name} must be a number, got {value!r}.")
+            elif not is_whole(value) and not (name == "steps" and value is None):
+                raise TypeError(f"{name} must be a whole number, got {value!r}.")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be > 0 and finite, got {self.lr}.")
         if not 0 <= self.momentum < 1:
@@ -113,7 +120,7 @@ class OptimizerConfig:
         generator = torch.Generator().manual_seed(int(entropy))
         return torch.split(torch.randperm(n, generator=generator), n if self.full_batch else self.batch_size)
 
-    def schedule(self, n: int) -> Iterator[Tensor]:
+    def run_batches(self, n: int) -> Iterator[Tensor]:
         """Iterate over the index batches of a whole run, one a step.
 
         Args:
@@ -129,105 +136,14 @@ class OptimizerConfig:
                 remaining -= 1
             epoch += 1
 
+    def schedule(self, n: int) -> Iterator[Tensor]:
+        """Old name of :meth:`run_batches`.
 
-def critical_learning_rate(
-    kernel: Tensor | Callable[[Tensor], Tensor],
-    n: int | None = None,
-    momentum: float = 0.0,
-    *,
-    tolerance: float = 1e-6,
-    max_products: int = 300,
-    seed: int = 0,
-) -> float:
-    """Find the learning rate above which full-batch gradient descent on a kernel model diverges.
+        Args:
+            n: Size of the training set.
 
-    (1 + mu) n / lambda_max(K): with f <- f - lr v and v <- mu v + (2 / n) K (f - y), an eigenvalue lambda is stable
-    while 2 lr lambda / n < 2 (1 + mu). Polyak (1964), "Some methods of speeding up the convergence of iteration
-    methods". lambda_max comes from the Lanczos iteration with full reorthogonalization (Golub and Van Loan, "Matrix
-    Computations", chapter 10), which approaches it from below. Mini-batches can diverge at lower rates. A loss that
-    is also averaged over C outputs multiplies the critical rate by C.
-
-    Args:
-        kernel: Gram of the training set (n, n), symmetric positive semidefinite, or a function that multiplies it by a
-            vector (n,).
-        n: Size of the training set; needed with a function.
-        momentum: PyTorch's heavy-ball momentum mu.
-        tolerance: Relative bound on the error of lambda_max at which Lanczos stops.
-        max_products: Products with the kernel at most.
-        seed: Seed of the start vector.
-
-    Returns:
-        The critical learning rate, infinite for the zero kernel.
-
-    Raises:
-        ValueError: An argument is out of range, ``n`` is missing, or the products are not finite.
-        RuntimeError: Lanczos did not reach the tolerance.
-
-    Example:
-        >>> round(critical_learning_rate(torch.diag(torch.tensor([4.0, 1.0])), momentum=0.5), 6)
-        0.75
-    """
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be in [0, 1), got {momentum}.")
-    multiply: Callable[[Tensor], Tensor]
-    if isinstance(kernel, Tensor):
-        matrix = kernel.detach()
-        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or n not in (None, len(matrix)):
-            raise ValueError(f"kernel must be a square Gram (n, n) of n={n} samples, got {tuple(matrix.shape)}.")
-        n, device, multiply = len(matrix), matrix.device, lambda vector: matrix @ vector.to(matrix.dtype)
-    else:
-        multiply, device = kernel, torch.device("cpu")
-    if n is None or n < 1:
-        raise ValueError("Pass n, the size of the training set, with a function that multiplies by the kernel.")
-    largest = _largest_eigenvalue(multiply, n, tolerance, max_products, seed, device)
-    return (1 + momentum) * n / largest if largest > 0 else float("inf")
-
-
-def warn_above_critical(
-    kernel: Tensor, optimizers: Sequence[OptimizerConfig], num_outputs: int = 1, *, stacklevel: int = 2
-) -> None:
-    """Warn about the learning rate that is the farthest above the one at which full-batch descent diverges.
-
-    Args:
-        kernel: Gram of the training set, (n, n).
-        optimizers: Configs of the fits.
-        num_outputs: Outputs over which the loss is averaged.
-        stacklevel: Of the warning, as for ``warnings.warn``.
-    """
-    critical = num_outputs * critical_learning_rate(kernel, tolerance=1e-2)
-    worst = max(optimizers, key=lambda o: o.lr / (1 + o.momentum))
-    ratio = worst.lr / (1 + worst.momentum) / critical
-    if ratio > 1:
-        warnings.warn(
-            f"lr={worst.lr:g} is {ratio:.3g} times the critical learning rate {worst.lr / ratio:.3g} of this kernel "
-            f"({len(kernel)} samples, momentum {worst.momentum:g}): expect divergence.",
-            stacklevel=stacklevel,
-        )
-
-
-def _largest_eigenvalue(
-    multiply: Callable[[Tensor], Tensor], n: int, tolerance: float, max_products: int, seed: int, device: torch.device
-) -> float:
-    """Largest eigenvalue of a symmetric matrix from its products with vectors."""
-    vector = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device)
-    basis = [vector / vector.norm()]
-    diagonal: list[float] = []
-    below: list[float] = []
-    for _ in range(min(n, max_products)):
-        product = multiply(basis[-1]).to(device, torch.float64)
-        diagonal.append(float(basis[-1] @ product))
-        vectors = torch.stack(basis)
-        for _ in range(2):  # once is not orthogonal to rounding
-            product = product - vectors.T @ (vectors @ product)
-        below.append(float(product.norm()))
-        if not np.isfinite([diagonal[-1], below[-1]]).all():
-            raise ValueError("Products with the kernel are not finite: check it for NaN and infinite entries.")
-        values, ritz = eigh_tridiagonal(diagonal, below[:-1])
-        scale = max(abs(values))
-        if below[-1] * abs(ritz[-1, -1]) <= tolerance * scale or len(basis) == n:
-            return float(values[-1])
-        basis.append(product / below[-1])
-    raise RuntimeError(
-        f"Lanczos has not found the largest eigenvalue to {tolerance:g} in {max_products} products: raise max_products "
-        "or tolerance."
-    )
+        Returns:
+            The same batches.
+        """
+        warnings.warn("OptimizerConfig.schedule is now called run_batches.", DeprecationWarning, stacklevel=2)
+        return self.run_batches(n)

@@ -15,7 +15,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """Give the precision of a kernel of such inputs.
 
     Args:
-        dtype: Of the inputs, floating point.
+        dtype: Floating-point dtype of the inputs.
 
     Returns:
         float64 for float64, float32 for everything else.
@@ -32,11 +32,11 @@ def own_precision(device_type: str, rounding: Literal["ieee", "tf32"] = "ieee") 
     """Compute in the tensors' own precision: without autocast, and float32 products rounded as told.
 
     Args:
-        device_type: Of the tensors, "cpu" or "cuda" for example.
+        device_type: Where the tensors lie: "cpu" or "cuda", for example.
         rounding: "ieee" keeps all digits of float32; "tf32" lets a GPU round the factors of products.
 
     Yields:
-        Nothing.
+        None; the settings from before come back at the end.
     """
     cudnn: Any = torch.backends.cudnn  # these settings are not declared
     mkldnn: Any = torch.backends.mkldnn

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from numbers import Integral
+from typing import TypeGuard
 
-__all__ = ["check_whole", "is_whole"]
+__all__ = ["check_size", "check_whole", "is_whole"]
 
 
-def is_whole(value: object) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
     """Tell whether a value is a whole number: an int or NumPy integer, but not a truth value and not 3.0.
 
     Args:
@@ -36,3 +37,23 @@ def check_whole(owner: str, **sizes: object) -> None:
     for name, size in sizes.items():
         if not is_whole(size):
             raise TypeError(f"{owner} needs sizes that are whole numbers, got {name}={size!r}: give one int.")
+
+
+def check_size(name: str, value: object, least: int) -> None:
+    """Check an argument that counts something; None stands for a default.
+
+    Args:
+        name: Of the argument.
+        value: What was given.
+        least: The smallest size allowed.
+
+    Raises:
+        TypeError: It is no whole number.
+        ValueError: It is too small.
+    """
+    if value is None:
+        return
+    if not is_whole(value):
+        raise TypeError(f"{name} must be a whole number, got {value!r}: give one int.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")

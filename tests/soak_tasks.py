@@ -131,11 +131,11 @@ def run_store(folder: Path) -> None:
 
 
 def store_blocks(folder: Path) -> dict[str, Any]:
-    return stamps(folder, "grams/*/*/*")
+    return stamps(folder, "grams/*/*.zarr.zip")
 
 
 def store_results(folder: Path) -> dict[str, Any]:
-    return {name: (folder / name).read_bytes() for name in stamps(folder, "grams/*/zarr.json", "grams/*/*/*")}
+    return {name: (folder / name).read_bytes() for name in stamps(folder, "grams/*/zarr.json", "grams/*/*.zarr.zip")}
 
 
 def tasks() -> dict[str, list[Task]]:

@@ -45,6 +45,7 @@ def write(folder: Path, name: str, x: str, rows: list[dict[str, Any]], **figure:
     """Write a study's table."""
     config = {
         **{"name": name, "title": name.replace("_", " ").title(), "scale": "small", "figure": {"x": x, **figure}},
+        **{"arms": [{"label": label} for label in dict.fromkeys(row["arm"] for row in rows)], "grid": {}},
         "data": {"class_path": "ntk_lightning.datamodules.CIFAR10Binary", "init_args": {"n_test": 2000}},
         "net": {"class_path": "ntk_lightning.networks.MyrtleCNN", "init_args": {"depth": 5, "in_channels": 3}},
     }

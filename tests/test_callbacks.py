@@ -26,7 +26,7 @@ from ntk_lightning.callbacks import (
     OptimalEarlyStopping,
     StopAtTrainError,
 )
-from ntk_lightning.callbacks.scheduled import schedule
+from ntk_lightning.callbacks.scheduled import steps_to_measure
 from ntk_lightning.datamodules import Batch, Samples
 from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK
 from ntk_lightning.kernels.diagnostics import kernel_target_alignment
@@ -112,7 +112,7 @@ def test_dynamics_fit_the_kernel_of_that_moment(tmp_path: Path) -> None:
     for row, network in ((dynamics.rows[0], net().double()), (dynamics.rows[-1], module.net)):
         kernel = EmpiricalNTK(network)
         expected = kernel_sgd(
-            kernel(x), datamodule.train_set.y, config, test_kernel=kernel(x_test, x), test_targets=datamodule.test_set.y
+            kernel(x), datamodule.train_set.y, config, test=(kernel(x_test, x), datamodule.test_set.y)
         )
         assert row["optimal_error"] == expected.optimal_error
         assert row["last_error"] == expected.last_error
@@ -146,8 +146,8 @@ def test_diagnostics_follow_the_kernel_of_the_probe_set(tmp_path: Path) -> None:
 
 
 def test_schedules_hold_both_ends() -> None:
-    assert sorted(schedule(10, 4, 30)) == [0, 4, 8, 10]
-    spaced = sorted(schedule(1000, None, 30))
+    assert sorted(steps_to_measure(10, 4, 30)) == [0, 4, 8, 10]
+    spaced = sorted(steps_to_measure(1000, None, 30))
     assert spaced[:3] == [0, 1, 2]
     assert spaced[-1] == 1000
     assert 20 < len(spaced) <= 31
@@ -167,7 +167,7 @@ def test_after_kernel_measures_seen_and_fresh_samples(tmp_path: Path) -> None:
     after, datamodule = AfterKernel([10, 20], fresh=True), data(fresh=20)
     module = FiniteNetwork(net(), OPTIMIZER)
     fit(module, datamodule, callbacks=[after], default_root_dir=tmp_path)
-    assert [(arm.name, arm.n) for arm in after.arms()] == [
+    assert [(arm.name, arm.n) for arm in after.model_errors()] == [
         ("after-kernel", 10),
         ("after-kernel", 20),
         ("after-kernel, fresh samples", 10),
@@ -180,10 +180,9 @@ def test_after_kernel_measures_seen_and_fresh_samples(tmp_path: Path) -> None:
         kernel(x),
         y,
         OptimizerConfig(lr=2.0, momentum=0.9, batch_size=12, epochs=3),
-        test_kernel=kernel(datamodule.test_set.x.double(), x),
-        test_targets=datamodule.test_set.y,
+        test=(kernel(datamodule.test_set.x.double(), x), datamodule.test_set.y),
     )
-    assert after.arms()[2].optimal_error == expected.optimal_error
+    assert after.model_errors()[2].optimal_error == expected.optimal_error
 
 
 def test_infinite_fit_equals_the_infinite_readout_and_reuses_its_store(
@@ -194,8 +193,8 @@ def test_infinite_fit_equals_the_infinite_readout_and_reuses_its_store(
     for _ in range(2):
         arm = InfiniteNTKFit(store=str(tmp_path / "grams"))
         fit(FiniteNetwork(net(), OPTIMIZER), data(), callbacks=[arm], default_root_dir=tmp_path)
-        assert arm.arms()[0].optimal_error == pytest.approx(stopping.arms()[0].optimal_error)
-        assert arm.arms()[0].last_error == pytest.approx(stopping.arms()[0].last_error)
+        assert arm.model_errors()[0].optimal_error == pytest.approx(stopping.model_errors()[0].optimal_error)
+        assert arm.model_errors()[0].last_error == pytest.approx(stopping.model_errors()[0].last_error)
 
         def refuse(*args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401 - any call
             raise AssertionError("the second run computes kernel entries again")
@@ -209,7 +208,7 @@ def test_optimal_early_stopping_reports_least_last_and_validated_error(tmp_path:
     fit(module, data(n_val=10), epochs=6, callbacks=[stopping], logger=logger, default_root_dir=tmp_path)
     errors = [row["test_error"] for row in stopping.rows]
     assert [row["step"] for row in stopping.rows] == [4, 8, 12, 16, 20, 24]
-    arm = stopping.arms()[0]
+    arm = stopping.model_errors()[0]
     best_validation = min(range(6), key=lambda i: stopping.rows[i]["val_error"])
     assert (arm.optimal_error, arm.last_error, arm.validated_error) == (
         min(errors),
@@ -299,9 +298,10 @@ def test_kernels_of_several_outputs_are_fitted_to_classes(tmp_path: Path) -> Non
     kernel, x = EmpiricalNTK(module.net), datamodule.train_set.x
     targets = nn.functional.one_hot(datamodule.train_set.y, 3).float()
     config = OptimizerConfig(lr=0.5, batch_size=12, epochs=30)
-    sets = {"test_kernel": kernel(datamodule.test_set.x, x), "test_targets": datamodule.test_set.y}
-    sets["test_targets"] = nn.functional.one_hot(sets["test_targets"], 3).float()
-    assert after.arms()[0].optimal_error == kernel_sgd(kernel(x), targets, config, **sets).optimal_error < 0.5
+    test = kernel(datamodule.test_set.x, x), nn.functional.one_hot(datamodule.test_set.y, 3).float()
+    assert (
+        after.model_errors()[0].optimal_error == kernel_sgd(kernel(x), targets, config, test=test).optimal_error < 0.5
+    )
     assert dynamics.rows[-1]["network_error"] < 0.5
     assert diagnostics.rows[-1]["target_alignment"] == pytest.approx(kernel_target_alignment(kernel(x), targets))
 
@@ -363,7 +363,7 @@ def test_kernel_fits_are_measured_as_often_as_the_network(tmp_path: Path) -> Non
     stopping, after = OptimalEarlyStopping(), AfterKernel()
     options = {"check_val_every_n_epoch": 3, "callbacks": [stopping, after], "default_root_dir": tmp_path}
     fit(FiniteNetwork(net(), OPTIMIZER), data(), 9, **options)
-    assert after.arms()[0].curve["steps"] == [row["step"] for row in stopping.rows] == [12, 24, 36]
+    assert after.model_errors()[0].curve["steps"] == [row["step"] for row in stopping.rows] == [12, 24, 36]
 
 
 def test_the_training_error_is_measured_in_evaluation_mode(tmp_path: Path) -> None:
@@ -391,4 +391,4 @@ def test_kernel_readouts_can_be_stopped_and_reported_too(tmp_path: Path) -> None
     module = KernelReadout(EmpiricalNTK(net()), OPTIMIZER)
     trainer = fit(module, data(), 50, callbacks=[stopping, StopAtTrainError(0.3)], default_root_dir=tmp_path)
     assert trainer.current_epoch < 50
-    assert stopping.arms()[0].name == "kernel readout"
+    assert stopping.model_errors()[0].name == "kernel readout"

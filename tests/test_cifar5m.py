@@ -282,7 +282,7 @@ def test_a_missing_part_is_named_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("classes", [(5, 5), (5, 10), (-1, 3)])
 def test_classes_that_do_not_exist_are_refused(classes: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="two different numbers from 0 to 9"):
+    with pytest.raises(ValueError, match="two different class numbers from 0 to 9"):
         CIFAR5mBinary(classes=classes)
 
 

@@ -115,3 +115,30 @@ def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(tmp_p
 
 def test_a_kernel_that_overflows_on_one_process_leaves_none_waiting(tmp_path: Path) -> None:
     assert start_nodes(2, SCRIPT.with_name("ddp_resume.py"), tmp_path, -1) == [0, 0]
+
+
+@pytest.fixture(scope="module")
+def agreement(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("agreement")
+    assert start_nodes(2, SCRIPT.with_name("ddp_agreement.py"), folder) == [0, 0]
+    found: dict[str, Any] = torch.load(folder / "found.pt", weights_only=True)
+    return found
+
+
+@pytest.mark.parametrize("name", ["batch norm", "own buffers"])
+def test_processes_with_other_buffers_compute_the_kernel_of_the_first(name: str, agreement: dict[str, Any]) -> None:
+    first, second = agreement[name]["buffers"]
+    assert first != second  # else there would be nothing to show
+    for measured, expected in agreement[name]["rows"]:
+        assert measured == pytest.approx(expected, rel=1e-9)
+
+
+def test_processes_with_other_sets_or_weights_are_all_told(agreement: dict[str, Any]) -> None:
+    cases = {name: told for name, told in agreement.items() if isinstance(told, list)}
+    assert cases.pop("sharded, rounding") == ["nothing", "nothing"]
+    assert len(cases) == 9 * 4 + 6
+    for name, (first, second) in cases.items():
+        assert first == second, name
+        assert ("differ from those of process 0" in first) or ("Processes differ in their" in first), (name, first)
+    assert "train labels" in cases["one training label, AfterKernel"][0]
+    assert "parameter 'net.weight'" in cases["sharded, other weights"][0]

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, distributed, multiprocessing
 
 from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK
-from ntk_lightning.kernels.grams.distributed import place, sharded_gram, sharded_gram_and_cross
+from ntk_lightning.kernels.grams.distributed import (
+    distributed_cross,
+    distributed_gram,
+    distributed_gram_and_cross,
+    rank_and_world_size,
+)
+from ntk_lightning.kernels.grams.gram_and_cross import gram_and_cross
 from ntk_lightning.networks import MLP
 
 SECONDS = 60.0  # that a collective waits for a process which does not come
@@ -43,20 +49,24 @@ def inputs(n: int, seed: int) -> Tensor:
 X, Y, Z = inputs(11, 0), inputs(4, 1), inputs(7, 2)
 
 
+def both(kernel: Callable[..., Tensor], x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    return distributed_gram_and_cross(gram_and_cross(kernel))(x, *others)
+
+
 def results() -> dict[str, tuple[Tensor, ...]]:
     """Every kernel of every kind of call; by one process the plain one, by two the shared one."""
     found: dict[str, tuple[Tensor, ...]] = {}
     for name, kernel in kernels().items():
-        found[f"{name}, gram"] = (sharded_gram(kernel, X),)
-        found[f"{name}, cross"] = (sharded_gram(kernel, Y, X),)
-        found[f"{name}, both"] = sharded_gram_and_cross(kernel, X, Y, Z)
-        found[f"{name}, one sample"] = (*sharded_gram_and_cross(kernel, X[:1], Y), sharded_gram(kernel, X[:1], Y))
-    found["infinite, bfloat16"] = (sharded_gram(InfiniteNTK(MLP(1, 1, 5)), X.bfloat16()),)
+        found[f"{name}, gram"] = (distributed_gram(kernel, X),)
+        found[f"{name}, cross"] = (distributed_cross(kernel, Y, X),)
+        found[f"{name}, both"] = both(kernel, X, Y, Z)
+        found[f"{name}, one sample"] = (*both(kernel, X[:1], Y), distributed_cross(kernel, X[:1], Y))
+    found["infinite, bfloat16"] = (distributed_gram(InfiniteNTK(MLP(1, 1, 5)), X.bfloat16()),)
     return found
 
 
 def failing_on_one(x1: Tensor, x2: Tensor | None = None, *, progress: bool = False) -> Tensor:
-    if place()[0] == 1:
+    if rank_and_world_size()[0] == 1:
         raise FloatingPointError("the network has diverged")
     return linear(x1, x2)
 
@@ -76,12 +86,12 @@ def errors() -> dict[str, tuple[str, float]]:
     diverged = EmpiricalNTK(MLP(6, 2, 5))
     huge = torch.cat([X[:1] * 1e38, X[1:]])  # only in the rows of rank 0
     return {
-        "gram": attempt(lambda: sharded_gram(failing_on_one, X)),
-        "cross": attempt(lambda: sharded_gram(failing_on_one, Y, X)),
-        "both": attempt(lambda: sharded_gram_and_cross(failing_on_one, X, Y)),
-        "overflow": attempt(lambda: sharded_gram(diverged, huge)),
-        "inputs": attempt(lambda: sharded_gram(linear, broken)),
-        "nothing": attempt(lambda: sharded_gram(linear, X[:0])),
+        "gram": attempt(lambda: distributed_gram(failing_on_one, X)),
+        "cross": attempt(lambda: distributed_cross(failing_on_one, Y, X)),
+        "both": attempt(lambda: both(failing_on_one, X, Y)),
+        "overflow": attempt(lambda: distributed_gram(diverged, huge)),
+        "inputs": attempt(lambda: distributed_gram(linear, broken)),
+        "nothing": attempt(lambda: distributed_gram(linear, X[:0])),
     }
 
 

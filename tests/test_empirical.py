@@ -13,11 +13,14 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
+from oracle import close, dense, trace
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn import functional as F
 
 from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK
 from ntk_lightning.kernels.empirical.gradients import GradientRows
+from ntk_lightning.kernels.empirical.inputs import Inputs
+from ntk_lightning.kernels.empirical.network_function import NetworkFunction
 from ntk_lightning.networks import MLP, Erf, MyrtleCNN, NTKConv2d, NTKLinear
 
 
@@ -88,31 +91,6 @@ def case(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor, Tensor]:
     return make().double(), torch.randn(9, *shape, dtype=torch.float64), torch.randn(5, *shape, dtype=torch.float64)
 
 
-def jacobian(net: nn.Module, x: Tensor) -> Tensor:
-    """Gradients (n, C, P) by one backward pass for every output of every sample."""
-    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    rows = []
-    for sample in x:
-        for output in net(sample[None].clone()).flatten():
-            gradients = torch.autograd.grad(
-                output, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-            rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
-    return torch.stack(rows).unflatten(0, (len(x), -1))
-
-
-def dense(net: nn.Module, x1: Tensor, x2: Tensor) -> Tensor:
-    return torch.einsum("iap,jbp->ijab", jacobian(net, x1), jacobian(net, x2))
-
-
-def trace(kernel: Tensor) -> Tensor:
-    return kernel.diagonal(dim1=-2, dim2=-1).mean(-1)
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-11)
-
-
 def test_equals_the_dense_jacobian(case: tuple[nn.Module, Tensor, Tensor]) -> None:
     net, x, y = case
     kernel, full = EmpiricalNTK(net), EmpiricalNTK(net, full=True)
@@ -167,6 +145,7 @@ def test_every_budget_gives_the_same_kernel(rows: int, full: bool) -> None:
 def test_gram_and_cross_forms_training_gradients_once(monkeypatch: pytest.MonkeyPatch) -> None:
     net, x, y = MLP(8, 2, 5), torch.randn(30, 5), torch.randn(10, 5)
     kernel, seen, fill = EmpiricalNTK(net), [], GradientRows.fill
+    kernel(x)  # tries the network once
     monkeypatch.setattr(GradientRows, "workspace", lambda self, x: len(x) * 1000)
     monkeypatch.setattr(GradientRows, "fill", lambda self, out, x: (seen.append(len(x)), fill(self, out, x)))
     k_train, k_test = kernel.gram_and_cross(x, y)
@@ -184,7 +163,8 @@ def test_layers_in_factors_equal_generic_gradients() -> None:
     x = torch.randn(6, 5, dtype=torch.float64)
     close(EmpiricalNTK(net)(x), EmpiricalNTK(generic)(x))
     names = tuple(name for name, _ in net.named_parameters())
-    widths = [GradientRows(module, names, x[:1], None, False).width for module in (net, generic)]
+    functions = [NetworkFunction(module, names, None, False, x.dtype, x.device) for module in (net, generic)]
+    widths = [GradientRows(function, Inputs.of(x[:1])).width for function in functions]
     assert widths == [sum(m.in_features + 1 + 2 * m.out_features for m in net if isinstance(m, NTKLinear)),
                       2 * sum(p.numel() for p in net.parameters())]  # fmt: skip
 

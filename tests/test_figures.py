@@ -5,20 +5,42 @@ Longer than 300 lines, since every figure is drawn from the same made-up tables.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import study_tables as tables
 
-from ntk_lightning.studies.figure_captions import html_text, plain_text, study_caption
-from ntk_lightning.studies.figure_departure import parting_step, timed_pairs
+from ntk_lightning.scaling import compare_exponents, fit_power_law
+from ntk_lightning.studies.figure import study_figure
+from ntk_lightning.studies.figure_captions import figure_caption
+from ntk_lightning.studies.figure_departure import Departure, departure_step
 from ntk_lightning.studies.figure_draw import draw_study, figures
-from ntk_lightning.studies.figure_fits import exponents, fit_series
-from ntk_lightning.studies.figure_lines import study_series
-from ntk_lightning.studies.results import read_results, read_study
+from ntk_lightning.studies.figure_fits import Exponent, fit_series
+from ntk_lightning.studies.figure_lines import Line
+from ntk_lightning.studies.figure_table import exponent_cells, exponents_table
+from ntk_lightning.studies.figure_text import html_text, plain_text
+from ntk_lightning.studies.results import StudyResults, read_results, read_study
 from ntk_lightning.studies.schema import COLUMNS, Quantity
+
+
+def study_lines(study: StudyResults) -> list[Line]:
+    return study_figure(study).lines
+
+
+def exponents(study: StudyResults, quantity: Quantity = "error") -> list[Exponent]:
+    return study_figure(study, quantity).exponents
+
+
+def departures(study: StudyResults, quantity: Quantity = "error") -> list[Departure]:
+    return study_figure(study, quantity).departures
+
+
+def study_caption(study: StudyResults, quantity: Quantity = "error") -> str:
+    return figure_caption(study_figure(study, quantity))
 
 
 @pytest.mark.parametrize(
@@ -40,7 +62,7 @@ from ntk_lightning.studies.schema import COLUMNS, Quantity
 )
 def test_every_kind_of_study_has_its_lines_and_a_figure(tmp_path: Path, make, labels: list[str]) -> None:  # noqa: ANN001
     study = read_study(make(tmp_path))
-    assert [line.label for line in study_series(study)] == labels
+    assert [line.label for line in study_lines(study)] == labels
     axes = draw_study(study).axes[0]
     shown = [text.get_text() for text in axes.get_legend().get_texts()]
     assert all(any(text.startswith(label) for text in shown) for label in labels)
@@ -49,20 +71,20 @@ def test_every_kind_of_study_has_its_lines_and_a_figure(tmp_path: Path, make, la
 
 def test_exponents_are_those_of_the_made_up_laws(tmp_path: Path) -> None:
     rows = exponents(read_study(tables.scaling(tmp_path, seeds=6)))
-    assert [row["beta"] for row in rows] == pytest.approx([0.29, 0.19, 0.2], abs=0.02)
-    assert [row["published"] for row in rows] == [0.291, 0.178, 0.195]
-    assert rows[0]["p_value"] is None
-    assert rows[1]["paired"]
-    assert rows[1]["p_value"] < 0.01
-    assert rows[0]["sizes"] == list(tables.SIZES)
-    assert all(low < row["beta"] < high for row in rows for low, high in [row["interval"]])
+    assert [row.fitted.fit.beta for row in rows] == pytest.approx([0.29, 0.19, 0.2], abs=0.02)
+    assert [row.published for row in rows] == [0.291, 0.178, 0.195]
+    assert rows[0].p_value is None
+    assert rows[1].paired
+    assert rows[1].p_value < 0.01
+    assert [*rows[0].fitted.fit.n] == list(tables.SIZES)
+    assert all(low < fit.beta < high for fit in [row.fitted.fit for row in rows] for low, high in [fit.beta_interval])
     losses = exponents(read_study(tmp_path / "figure_1a.parquet"), "loss")
-    assert [row["published"] for row in losses] == [None] * 3
+    assert [row.published for row in losses] == [None] * 3
 
 
 def test_published_exponents_are_found_by_label_and_never_said_to_share_hyperparameters(tmp_path: Path) -> None:
     study = read_study(tables.after_kernels(tmp_path))
-    assert [row["published"] for row in exponents(study)][:3] == [0.291, 0.28, None]
+    assert [row.published for row in exponents(study)][:3] == [0.291, 0.28, None]
     caption = study_caption(study)
     assert "not known to be the paper's" in caption
     assert "the range of 2 seeds" in caption
@@ -79,7 +101,7 @@ def test_warnings_of_fits_are_in_the_caption_and_not_raised(tmp_path: Path, recw
 def test_one_size_or_errors_of_zero_have_no_fit_but_a_note(tmp_path: Path) -> None:
     rows = [tables.row("network", 0.2, n=1000)] + [tables.row("infinite", 0.0, n=n) for n in tables.SIZES]
     study = read_study(tables.write(tmp_path, "bare", "n", rows))
-    assert [row["beta"] for row in exponents(study)] == [None, None]
+    assert [row.fitted.fit for row in exponents(study)] == [None, None]
     assert "needs 2 or more sizes" in study_caption(study)
     assert "0 of 6 sizes have a positive error" in study_caption(study)
     draw_study(study).draw_without_rendering()
@@ -87,7 +109,7 @@ def test_one_size_or_errors_of_zero_have_no_fit_but_a_note(tmp_path: Path) -> No
 
 def test_diverged_fits_are_left_out_of_losses_and_named(tmp_path: Path) -> None:
     study = read_study(tables.orders(tmp_path))
-    by_label = {row["series"]: row["sizes"] for row in exponents(study, "loss")}
+    by_label = {row.label: [*row.fitted.fit.n] for row in exponents(study, "loss")}
     assert by_label["order 3"] == [n for n in tables.SIZES if n != 2000]
     assert by_label["order 2"] == list(tables.SIZES)
     assert "not finite (1): order 3 at n = 2000, seed 0" in study_caption(study, "loss")
@@ -111,7 +133,7 @@ def test_a_fit_uses_a_full_table_of_seeds_and_sizes(tmp_path: Path, lacking, see
     ]
     fitted = fit_series(read_study(tables.write(tmp_path, "gaps", "n", rows)))[0]
     assert (fitted.seeds, len(fitted.fit.n)) == (seeds, sizes)
-    assert ("leaves out" in " ".join(fitted.notes)) == (len(fitted.series.places) == 6)
+    assert ("leaves out" in " ".join(fitted.notes)) == (len(fitted.series.xs) == 6)
 
 
 def test_hyperparameters_that_an_arm_varies_make_lines(tmp_path: Path) -> None:
@@ -120,7 +142,7 @@ def test_hyperparameters_that_an_arm_varies_make_lines(tmp_path: Path) -> None:
         for model, arm, momentum in (("network", "network, momentum 0.9", 0.9), ("empirical", "empirical NTK", 0.0))
         for lr in (1.0, 0.25)
     ]
-    labels = [line.label for line in study_series(read_study(tables.write(tmp_path, "settings", "n", rows)))]
+    labels = [line.label for line in study_lines(read_study(tables.write(tmp_path, "settings", "n", rows)))]
     assert labels == [
         *("network, momentum 0.9, lr 0.25", "network, momentum 0.9, lr 1"),
         *("empirical NTK, lr 0.25", "empirical NTK, lr 1"),
@@ -131,25 +153,25 @@ def test_the_final_step_of_an_after_kernel_is_not_a_time_on_the_axis(tmp_path: P
     rows = [tables.row("after-kernel", 0.2, m=1000, t=t, seed=seed) for seed, t in enumerate((2000, 1900))]
     during = [tables.row("kernel during training", 0.3, t=t, network_error=0.3) for t in (0, 10)]  # no errors of K^0
     study = read_study(tables.write(tmp_path, "after", "t", [*rows, *during]))
-    assert [line.places for line in study_series(study)] == [[], [0, 10]]
-    [pair] = timed_pairs(study)
-    assert (pair.network.places, pair.initial.places, pair.steps) == ([0, 10], [], [])
+    assert [line.xs for line in study_lines(study)] == [[], [0, 10]]
+    [pair] = departures(study)
+    assert (pair.network.xs, pair.initial.xs, pair.steps) == ([0, 10], [], [])
     assert "never measured at the same step" in str(pair)
     rows += [tables.row("after-kernel", 0.1, n=2000, m=2000, t=4000, seed=seed) for seed in (0, 1)]
-    [line] = study_series(read_study(tables.write(tmp_path, "after", "n", rows)))
-    assert (line.label, line.places, line.at(1000).size) == ("$K_n(n)$", [1000, 2000], 2)
+    [line] = study_lines(read_study(tables.write(tmp_path, "after", "n", rows)))
+    assert (line.label, line.xs, line.at(1000).size) == ("$K_n(n)$", [1000, 2000], 2)
 
 
 def test_two_fits_at_one_place_are_an_error(tmp_path: Path) -> None:
     rows = [tables.row("network", 0.2), tables.row("network", 0.3)]
     with pytest.raises(ValueError, match="network has two fits at n = 1000 with seed 0"):
-        study_series(read_study(tables.write(tmp_path, "twice", "n", rows)))
+        study_lines(read_study(tables.write(tmp_path, "twice", "n", rows)))
 
 
 def test_lines_of_one_name_are_told_apart(tmp_path: Path) -> None:
     rows = [tables.row("after-kernel", 0.2, m=1000, arm=arm) for arm in ("lr 1", "lr 3")]
     rows += [tables.row(model, 0.3, arm="default") for model in ("network", "infinite")]
-    labels = [line.label for line in study_series(read_study(tables.write(tmp_path, "same", "n", rows)))]
+    labels = [line.label for line in study_lines(read_study(tables.write(tmp_path, "same", "n", rows)))]
     assert labels == ["default (network)", "default (infinite)", "$K_n(n)$ (lr 1)", "$K_n(n)$ (lr 3)"]
 
 
@@ -167,17 +189,17 @@ def test_lines_of_one_name_are_told_apart(tmp_path: Path) -> None:
         ([0.1, 0.1, 0.1, 0.1], [0.1, 0.1 / 0.91, 0.1 / 0.89, 0.2], 1),
     ],
 )
-def test_parting_step(network: list[float], kernel: list[float], expected: int | None) -> None:
-    assert parting_step([0, 1, 10, 100], network, kernel, guessing=0.5) == expected
+def test_departure_step(network: list[float], kernel: list[float], expected: int | None) -> None:
+    assert departure_step([0, 1, 10, 100], network, kernel, guessing=0.5) == expected
 
 
 @pytest.mark.parametrize("quantity", ["error", "loss"])
 def test_the_figure_over_time_marks_where_network_and_kernel_part(tmp_path: Path, quantity: Quantity) -> None:
     study = read_study(tables.dynamics(tmp_path))
-    [pair] = timed_pairs(study, quantity)
-    assert pair.parting == 100
-    assert pair.initial.places == pair.steps == [1, 3, 10, 32, 100, 320, 1000]  # not 0, where K^0 is 0 everywhere
-    assert pair.network.places == [0, *pair.steps]
+    [pair] = departures(study, quantity)
+    assert pair.step == 100
+    assert pair.initial.xs == pair.steps == [1, 3, 10, 32, 100, 320, 1000]  # not 0, where K^0 is 0 everywhere
+    assert pair.network.xs == [0, *pair.steps]
     axes = draw_study(study, quantity).axes[0]
     assert [text.get_text() for text in axes.texts] == ["they part after t = 100"]
     shown = [text.get_text() for text in axes.get_legend().get_texts()]
@@ -191,8 +213,8 @@ def test_learning_rates_of_one_arm_part_at_their_own_steps(tmp_path: Path) -> No
         for t in (0, 1, 10, 100, 1000):
             errors = {"network_error": 0.3 if t <= ahead else 0.1, "initial_error": 0.3}
             rows.append(tables.row("kernel during training", 0.2, arm="network", t=t, m=1000, lr=lr, **errors))
-    pairs = timed_pairs(read_study(tables.write(tmp_path, "rates", "t", rows)))
-    assert [(pair.network.label, pair.parting) for pair in pairs] == [("network, lr 0.1", 100), ("network, lr 1", 10)]
+    pairs = departures(read_study(tables.write(tmp_path, "rates", "t", rows)))
+    assert [(pair.network.label, pair.step) for pair in pairs] == [("network, lr 0.1", 100), ("network, lr 1", 10)]
 
 
 def test_a_figure_of_last_errors_shows_and_fits_them(tmp_path: Path) -> None:
@@ -201,8 +223,8 @@ def test_a_figure_of_last_errors_shows_and_fits_them(tmp_path: Path) -> None:
         for n in tables.SIZES
     ]
     study = read_study(tables.write(tmp_path, "converged", "n", rows, value="last"))
-    assert study_series(study)[0].at(500) == pytest.approx(1.9 * 500**-0.3)
-    assert exponents(study)[0]["beta"] == pytest.approx(0.3)
+    assert study_lines(study)[0].at(500) == pytest.approx(1.9 * 500**-0.3)
+    assert exponents(study)[0].fitted.fit.beta == pytest.approx(0.3)
     caption = study_caption(study)
     assert "Each test error is that of the fit's last step." in caption
     assert "oracle" not in caption
@@ -224,7 +246,7 @@ def test_the_caption_names_data_network_and_optimizer(tmp_path: Path) -> None:
 
 def test_full_batches_and_mini_batches_make_two_lines(tmp_path: Path) -> None:
     rows = [tables.row("network", 0.2, n=n, full_batch=full) for n in tables.SIZES for full in (True, False)]
-    labels = [line.label for line in study_series(read_study(tables.write(tmp_path, "full", "n", rows)))]
+    labels = [line.label for line in study_lines(read_study(tables.write(tmp_path, "full", "n", rows)))]
     assert labels == ["network, mini-batches", "network, full batch"]
 
 
@@ -232,15 +254,86 @@ def test_p_values_of_lines_on_other_sizes_and_errors_near_the_studys_chance_are_
     rows = [tables.row("network", tables.law(1.9, 0.3, n), n=n) for n in tables.SIZES]
     rows += [tables.row("infinite", tables.law(1.9, 0.2, n), n=n) for n in tables.SIZES[1:]]
     first, second = exponents(read_study(tables.write(tmp_path, "sizes", "n", rows)))
-    assert not first["notes"]
-    assert second["notes"] == ["The p-value compares it with network, which is fitted on other sizes."]
+    assert not first.notes
+    assert second.notes == ["The p-value compares it with network on the 5 sizes that both have."]
     first, _ = exponents(read_study(tables.write(tmp_path, "sizes", "n", rows, chance=0.3)))
-    assert "at chance (0.3)" in " ".join(first["notes"])
+    assert "at chance (0.3)" in " ".join(first.notes)
+
+
+def test_lines_of_other_sizes_are_compared_on_those_that_both_have(tmp_path: Path) -> None:
+    few = tables.SIZES[2:5]
+    rows = [
+        tables.row("network", tables.law(1.9, 0.3, n, seed), n=n, seed=seed) for n in tables.SIZES for seed in range(3)
+    ]
+    rows += [tables.row("infinite", tables.law(1.9, 0.25, n, seed), n=n, seed=seed) for n in few for seed in range(3)]
+    rows += [
+        tables.row("nngp", tables.law(1.9, 0.25, n, seed), n=n, seed=seed) for n in (8000, 32000) for seed in range(3)
+    ]
+    network, infinite, nngp = exponents(read_study(tables.write(tmp_path, "sizes", "n", rows)))
+    assert [*network.fitted.fit.n] == list(tables.SIZES)
+    with pytest.warns(UserWarning, match="weak evidence"):
+        fits = [
+            fit_power_law(few, [[tables.law(1.9, beta, n, seed) for n in few] for seed in range(3)])
+            for beta in (0.3, 0.25)
+        ]
+    assert infinite.p_value == compare_exponents(*fits, paired=True).p_value
+    assert infinite.paired
+    assert (nngp.p_value, nngp.paired) == (None, False)
+    assert nngp.notes[-1] == "No p-value: fewer than 2 of its sizes are those of network."
+
+
+def test_no_p_value_stands_where_no_test_was_made(tmp_path: Path) -> None:
+    rows = [tables.row(model, 1 / n, n=n) for model in ("network", "infinite") for n in (10, 20)]
+    study = read_study(tables.write(tmp_path, "two", "n", rows))
+    _, infinite = exponents(study)
+    assert infinite.p_value is None
+    assert exponent_cells(infinite)[-1] == ""
+    assert exponent_cells(infinite)[2] == "[no interval]"
+
+
+@pytest.mark.parametrize("bent", [True, False])
+def test_a_law_that_bends_has_a_note(bent: bool, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).normal(0, 0.02, (4, len(tables.SIZES)))
+    rows = [
+        tables.row("network", float(2 * n ** (-0.6 + 0.03 * bent * np.log(n / 500)) * np.exp(z)), n=n, seed=seed)
+        for seed in range(4)
+        for n, z in zip(tables.SIZES, noise[seed], strict=True)
+    ]
+    study = read_study(tables.write(tmp_path, "bent", "n", rows))
+    [line] = fit_series(study)
+    text = f"from {line.fit.local_exponents[0]:.2g} to {line.fit.local_exponents[-1]:.2g}."
+    for shown in (study_caption(study), str(exponents_table(study).caption)):
+        assert ("The errors are not a power law" in shown) == bent
+        assert (text in shown) == bent
+
+
+def test_optima_at_the_end_of_training_are_noted_and_counted(tmp_path: Path) -> None:
+    rows = []
+    for number, n in enumerate(tables.SIZES):
+        early = {} if number == 0 else {"curve_errors": [0.5, 0.3, 0.2]}  # the best is at step 2000 of 2000
+        rows.append(tables.row("network", tables.law(1.9, 0.3, n), n=n, **early))
+        rows.append(tables.row("infinite", tables.law(1.9, 0.3, n), n=n))
+    study = read_study(tables.write(tmp_path, "short", "n", rows))
+    note = "network: The least test error of 5 of 6 fits lies in the last tenth of training: more epochs may lower it."
+    assert note in study_caption(study)
+    assert note in exponents_table(study).caption
+    assert "last tenth" not in study_caption(study, "loss")
+    last = read_study(tables.write(tmp_path, "short", "n", rows, value="last"))
+    assert "last tenth" not in study_caption(last)
+
+
+def test_the_caption_counts_the_test_images_of_an_error(tmp_path: Path) -> None:
+    rows = [tables.row("network", error, n=n) for n, error in ((500, 0.1), (1000, 0.0075))]
+    study = read_study(tables.write(tmp_path, "counted", "n", rows))
+    caption = study_caption(study)
+    assert "All seeds share the 2000 test images, whose choice no interval covers" in caption
+    assert "the least error of a seed, 0.75%, is 15 of them." in caption
+    assert "test images" not in study_caption(study, "loss")
 
 
 def test_a_model_without_width_is_a_band(tmp_path: Path) -> None:
     study = read_study(tables.widths(tmp_path))
-    infinite = study_series(study)[-1]
+    infinite = study_lines(study)[-1]
     axes = draw_study(study).axes[0]
     level = next(line for line in axes.lines if line.get_linestyle() == "--")
     assert level.get_ydata()[0] == pytest.approx(infinite.at(None).mean())
@@ -296,7 +389,7 @@ def test_a_study_without_losses_has_a_figure_of_errors_only(tmp_path: Path, caps
     assert "[no interval]" in printed
 
 
-STUDY = {"study": '{"name": "empty", "figure": {"x": "n"}}'}
+STUDY = {"study": json.dumps({"name": "empty", "title": "", "data": {}, "net": {}, "arms": [], "grid": {}})}
 
 
 def test_folders_and_files_that_are_not_results_are_one_clear_error(
@@ -324,7 +417,7 @@ def test_folders_and_files_that_are_not_results_are_one_clear_error(
         read_study(other)
     with pytest.raises(ValueError, match="lacks the columns"):
         read_study(tables.write(tmp_path, "other", "n", [{"arm": "a"}]))
-    with pytest.raises(ValueError, match="its figure needs x in"):
+    with pytest.raises(ValueError, match=r"its configuration is wrong .*figure.x.*Got value: z"):
         read_study(tables.write(tmp_path, "other", "z", [tables.row("network", 0.2)]))
 
 

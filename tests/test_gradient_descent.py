@@ -49,20 +49,17 @@ def test_equals_ten_thousand_explicit_steps(
     expected = explicit_steps(kernel, labels[:N], lr, momentum, 10_000)
     steps = [0, 1, 2, 3, 10, 100, 777, 4096, 10_000]
     config = OptimizerConfig(lr=lr, momentum=momentum)
-    sets = {"test_kernel": test_kernel, "test_targets": labels[N:]}
+    sets = {"test": (test_kernel, labels[N:])}
     fit = gradient_descent(kernel, labels[:N], config, steps, **sets)
     assert fit.steps.tolist() == steps
-    assert fit.test_losses is not None
-    assert fit.train_losses is not None
     for i, step in enumerate(steps):
         one = gradient_descent(kernel, labels[:N], config, [step])
         torch.testing.assert_close(one.coefficients, expected[step], rtol=1e-9, atol=1e-9)
         test, train = test_kernel @ expected[step], kernel @ expected[step]
-        assert abs(fit.test_losses[i] - (test - labels[N:]).square().mean()) < 1e-9
-        assert abs(fit.train_losses[i] - (train - labels[:N]).square().mean()) < 1e-9
+        assert abs(fit.curves["test"].losses[i] - (test - labels[N:]).square().mean()) < 1e-9
+        assert abs(fit.curves["train"].losses[i] - (train - labels[:N]).square().mean()) < 1e-9
         if not outputs:
-            assert fit.test_errors is not None
-            assert fit.test_errors[i] == (test.sign() != labels[N:]).double().mean()
+            assert fit.curves["test"].errors[i] == (test.sign() != labels[N:]).double().mean()
 
 
 def test_double_and_complex_roots_and_singular_kernels() -> None:
@@ -84,7 +81,7 @@ def test_equals_full_batch_sgd(problem: tuple[Tensor, Tensor, Tensor], device: s
     assert fit.steps[-1] == 30
     sgd = kernel_sgd(kernel, labels[:N], config, eval_every=fit.steps.tolist(), evaluate_train=True)
     torch.testing.assert_close(fit.coefficients, sgd.coefficients, rtol=0, atol=1e-11)
-    torch.testing.assert_close(fit.train_losses, sgd.train_losses, rtol=0, atol=1e-12)
+    torch.testing.assert_close(fit.curves["train"].losses, sgd.curves["train"].losses, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("total", [1, 7, 50_000_001])
@@ -99,12 +96,11 @@ def test_default_steps_end_at_the_last(problem: tuple[Tensor, Tensor, Tensor], t
 def test_diverges_above_the_critical_rate(problem: tuple[Tensor, Tensor, Tensor], momentum: float) -> None:
     kernel, test_kernel, labels = problem
     config = OptimizerConfig(lr=1.05 * critical_learning_rate(kernel, momentum=momentum), momentum=momentum)
-    sets = {"test_kernel": test_kernel, "test_targets": labels[N:]}
+    sets = {"test": (test_kernel, labels[N:])}
     with pytest.warns(UserWarning, match=r"is 1\.05 times the critical"):
         fit = gradient_descent(kernel, labels[:N], config, [1, 10**6], **sets)
     assert fit.diverged
-    assert fit.test_errors is not None
-    assert fit.test_errors[0] < 1
+    assert fit.curves["test"].errors[0] < 1
     assert fit.last_error == 1
 
 
@@ -112,16 +108,14 @@ def test_diverges_above_the_critical_rate(problem: tuple[Tensor, Tensor, Tensor]
 def test_flow_equals_the_matrix_exponential(problem: tuple[Tensor, Tensor, Tensor], device: str) -> None:
     kernel, test_kernel, labels = problem
     times = [0.0, 0.5, 20.0, 3000.0]
-    sets = {"test_kernel": test_kernel.to(device), "test_targets": labels[N:]}
+    sets = {"test": (test_kernel.to(device), labels[N:])}
     fit = gradient_flow(kernel.to(device), labels[:N], times, **sets)
     assert fit.steps.tolist() == times
     for i, time in enumerate(times):
         train = labels[:N] - torch.matrix_exp(-2 * time / N * kernel) @ labels[:N]
         coefficients = torch.linalg.solve(kernel, train)
-        assert fit.train_losses is not None
-        assert fit.test_losses is not None
-        assert abs(fit.train_losses[i] - (train - labels[:N]).square().mean()) < 1e-10
-        assert abs(fit.test_losses[i] - (test_kernel @ coefficients - labels[N:]).square().mean()) < 1e-9
+        assert abs(fit.curves["train"].losses[i] - (train - labels[:N]).square().mean()) < 1e-10
+        assert abs(fit.curves["test"].losses[i] - (test_kernel @ coefficients - labels[N:]).square().mean()) < 1e-9
 
 
 def test_flow_is_the_limit_of_small_steps_even_on_a_singular_kernel() -> None:
@@ -148,7 +142,7 @@ def test_rejects_bad_input() -> None:
         gradient_flow(kernel, targets, 1.5)  # type: ignore[arg-type]  # on purpose
     with pytest.raises(ValueError, match="eigensystem"):
         gradient_flow(kernel, targets, [1.0], eigensystem=(torch.ones(2), torch.eye(2)))
-    with pytest.raises(ValueError, match="together"):
-        gradient_descent(kernel, targets, config, test_kernel=kernel)
+    with pytest.raises(TypeError, match=r"test=\(kernel, targets\)"):
+        gradient_descent(kernel, targets, config, test=kernel)  # type: ignore[arg-type]  # on purpose
     with pytest.raises(ValueError, match="-1 or"):
         gradient_flow(kernel, 0 * targets, [1.0])

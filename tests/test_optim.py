@@ -47,9 +47,7 @@ def test_descent_diverges_above_and_converges_below(kernel: Tensor, momentum: fl
                 fit = kernel_sgd(kernel, targets, config, evaluate_train=True, eval_every=[1, 800])
         else:
             fit = kernel_sgd(kernel, targets, config, evaluate_train=True, eval_every=[1, 800])
-        losses[factor] = fit.train_losses
-    assert losses[0.95] is not None
-    assert losses[1.05] is not None
+        losses[factor] = fit.curves["train"].losses
     assert losses[0.95][-1] < 0.1 * losses[0.95][0]
     assert losses[1.05][-1] > 1e6 * losses[1.05][0]
 
@@ -87,15 +85,17 @@ def test_batches_are_reproducible_permutations() -> None:
     assert not torch.equal(torch.cat(first), torch.cat(OptimizerConfig(batch_size=4, seed=4).batches(10, 0)))
 
 
-def test_schedule_runs_through_epochs_and_stops_at_steps() -> None:
+def test_a_run_goes_through_epochs_and_stops_at_steps() -> None:
     config = OptimizerConfig(batch_size=4, epochs=3)
     assert config.total_steps(10) == 9
     expected = [batch for epoch in range(3) for batch in config.batches(10, epoch)]
-    assert all(torch.equal(a, b) for a, b in zip(config.schedule(10), expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(config.run_batches(10), expected, strict=True))
     cut = OptimizerConfig(batch_size=4, steps=7)
-    assert all(torch.equal(a, b) for a, b in zip(cut.schedule(10), expected[:7], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(cut.run_batches(10), expected[:7], strict=True))
     full = OptimizerConfig(full_batch=True, epochs=2)
-    assert [len(batch) for batch in full.schedule(10)] == [10, 10]
+    assert [len(batch) for batch in full.run_batches(10)] == [10, 10]
+    with pytest.warns(DeprecationWarning, match="run_batches"):
+        assert [len(batch) for batch in full.schedule(10)] == [10, 10]
 
 
 def test_configures_plain_sgd_on_trainable_parameters() -> None:

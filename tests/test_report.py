@@ -4,6 +4,8 @@ import base64
 import json
 import re
 import sys
+from collections import Counter
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,8 @@ import study_tables as tables
 import wandb
 from studies import CHROMIUM, browse
 
+from ntk_lightning.scaling import fit_power_law
+from ntk_lightning.studies import figure, figure_fits
 from ntk_lightning.studies.report_wandb import report
 
 VOID = {"meta", "link", "img", "br"}
@@ -193,3 +197,24 @@ def test_the_wandb_report_shows_the_errors_that_the_figure_shows(tmp_path: Path)
     tables.write(tmp_path, "converged", "n", rows, value="last")
     report(str(tmp_path))
     assert "summary:test/last_error" in (tmp_path / "report.json").read_text()
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_report_sorts_the_rows_and_fits_every_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: Counter[str] = Counter()
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:  # noqa: ANN401
+            counts[name] += 1
+            return function(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(figure_fits, "fit_power_law", counted("fits", fit_power_law))
+    monkeypatch.setattr(figure, "study_lines", counted("lines", figure.study_lines))
+    monkeypatch.setattr(figure, "find_departures", counted("departures", figure.find_departures))
+    tables.scaling(tmp_path)
+    tables.dynamics(tmp_path)
+    report(str(tmp_path))
+    quantities, fitted_lines = 2, 3
+    assert counts == {"fits": quantities * fitted_lines, "lines": 2 * quantities, "departures": 2 * quantities}

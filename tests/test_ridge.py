@@ -45,7 +45,7 @@ def test_equals_a_dense_solve(problem: tuple[Tensor, Tensor, Tensor], method: st
     expected = dense(kernel, labels[:N], 1e-5)
     operator = kernel if method != "matvec" else lambda vector: kernel @ vector
     how = "cg" if method == "matvec" else method
-    sets = {"test_kernel": test_kernel, "test_targets": labels[N:]}
+    sets = {"test": (test_kernel, labels[N:])}
     fit = ridge(operator, labels[:N], 1e-5, method=how, rank=60, **sets)
     torch.testing.assert_close(fit.coefficients, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
     assert fit.method == how
@@ -146,7 +146,7 @@ def test_warns_when_the_residual_is_missed(problem: tuple[Tensor, Tensor, Tensor
         ({"method": "lu"}, "method must be"),
         ({"kernel": lambda vector: vector, "method": "cholesky"}, "needs the Gram"),
         ({"targets": torch.ones(3)}, r"targets must be \(4,\)"),
-        ({"test_kernel": torch.ones(2, 4)}, "together"),
+        ({"test": (torch.ones(2, 4), torch.ones(3))}, r"targets of test must be \(2,\)"),
         ({"kernel": torch.ones(3, 4)}, "square"),
     ],
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ntk_lightning.optim import OptimizerConfig, critical_learning_rate
 from ntk_lightning.solvers import KernelFit, kernel_sgd, kernel_sgd_grid, sgd_steps
+from ntk_lightning.solvers.kernel_fit import Curve
 
 N, M, FEATURES = 53, 21, 12
 DEVICES = [
@@ -42,7 +43,7 @@ def weight_space(features: Tensor, targets: Tensor, optimizer: OptimizerConfig) 
     weight = torch.nn.Parameter(torch.zeros(features.shape[1], *targets.shape[1:], dtype=torch.float64))
     sgd = optimizer.configure([weight])
     predictions = [features @ weight.detach()]
-    for batch in optimizer.schedule(N):
+    for batch in optimizer.run_batches(N):
         sgd.zero_grad()
         torch.nn.functional.mse_loss(features[batch] @ weight, targets[batch]).backward()
         sgd.step()
@@ -76,8 +77,7 @@ def test_equals_sgd_on_the_weights(
         kernel,
         targets[:N],
         optimizer,
-        test_kernel=test_kernel,
-        test_targets=targets[N:],
+        test=(test_kernel, targets[N:]),
         eval_every=every,
         evaluate_train=True,
     )
@@ -86,8 +86,8 @@ def test_equals_sgd_on_the_weights(
     torch.testing.assert_close(fit.predict(test_kernel).cpu(), expected[-1][N:], rtol=0, atol=1e-12)
     assert fit.steps.tolist() == every
     for part, errors, losses in (
-        (slice(N, None), fit.test_errors, fit.test_losses),
-        (slice(N), fit.train_errors, fit.train_losses),
+        (slice(N, None), fit.curves["test"].errors, fit.curves["test"].losses),
+        (slice(N), fit.curves["train"].errors, fit.curves["train"].losses),
     ):
         loss = torch.stack([(f[part] - targets[part]).square().mean() for f in expected])
         if outputs > 1:
@@ -122,12 +122,11 @@ def test_starts_from_initial_coefficients(features: Tensor, labels: Tensor) -> N
 )
 def test_evaluation_steps(features: Tensor, labels: Tensor, options: dict[str, object], expected: list[int]) -> None:
     kernel, test_kernel = split(features)
-    sets = {"test_kernel": test_kernel, "test_targets": labels[0, N:]}
+    sets = {"test": (test_kernel, labels[0, N:])}
     config = OptimizerConfig(batch_size=10, epochs=3)
     fit = kernel_sgd(kernel, labels[0, :N], config, **sets, **options)
     assert fit.steps.tolist() == expected
-    assert fit.test_errors is not None
-    assert len(fit.test_errors) == len(expected)
+    assert len(fit.curves["test"].errors) == len(expected)
     full = kernel_sgd(kernel, labels[0, :N], config, **sets)
     assert torch.equal(fit.coefficients, full.coefficients)
 
@@ -140,16 +139,13 @@ def test_grid_equals_single_runs(features: Tensor, labels: Tensor) -> None:
         OptimizerConfig(lr=0.1, batch_size=10, epochs=3, seed=1),
         OptimizerConfig(lr=0.1, full_batch=True, epochs=3),
     ]
-    validation = {"val_kernel": kernel[:9]}
     fits = kernel_sgd_grid(
         kernel,
         labels[:, :N],
         optimizers,
         sizes=[20, N],
-        test_kernel=test_kernel,
-        test_targets=labels[:, N:],
-        **validation,
-        val_targets=labels[:, :9],
+        test=(test_kernel, labels[:, N:]),
+        val=(kernel[:9], labels[:, :9]),
     )
     assert list(fits) == [(size, optimizer, i) for size in (20, N) for optimizer in optimizers for i in range(3)]
     for (size, optimizer, i), fit in fits.items():
@@ -157,14 +153,13 @@ def test_grid_equals_single_runs(features: Tensor, labels: Tensor) -> None:
             kernel[:size, :size].clone(),
             labels[i, :size],
             optimizer,
-            test_kernel=test_kernel[:, :size].clone(),
-            test_targets=labels[i, N:],
-            val_kernel=kernel[:9, :size],
-            val_targets=labels[i, :9],
+            test=(test_kernel[:, :size].clone(), labels[i, N:]),
+            val=(kernel[:9, :size], labels[i, :9]),
         )
         torch.testing.assert_close(fit.coefficients, single.coefficients, rtol=0, atol=1e-13)
-        for name in ("test_losses", "val_losses", "test_errors"):
-            torch.testing.assert_close(getattr(fit, name), getattr(single, name), rtol=0, atol=1e-12)
+        assert list(fit.curves) == list(single.curves) == ["test", "val"]
+        for name, curve in fit.curves.items():
+            torch.testing.assert_close(curve, single.curves[name], rtol=0, atol=1e-12)
 
 
 def test_grid_of_one_hot_targets(features: Tensor, labels: Tensor) -> None:
@@ -172,9 +167,9 @@ def test_grid_of_one_hot_targets(features: Tensor, labels: Tensor) -> None:
     one_hot = torch.nn.functional.one_hot((labels > 0).sum(0), 4).double()
     several = torch.stack((one_hot, one_hot.flip(1)))
     optimizer = OptimizerConfig(lr=1.0, batch_size=10, epochs=2)
-    fits = kernel_sgd_grid(kernel, several[:, :N], [optimizer], test_kernel=test_kernel, test_targets=several[:, N:])
+    fits = kernel_sgd_grid(kernel, several[:, :N], [optimizer], test=(test_kernel, several[:, N:]))
     for i in range(2):
-        sets = {"test_kernel": test_kernel, "test_targets": several[i, N:]}
+        sets = {"test": (test_kernel, several[i, N:])}
         single = kernel_sgd(kernel, several[i, :N], optimizer, **sets)
         torch.testing.assert_close(fits[N, optimizer, i].coefficients, single.coefficients, rtol=0, atol=1e-13)
         assert fits[N, optimizer, i].last_error == single.last_error
@@ -182,7 +177,7 @@ def test_grid_of_one_hot_targets(features: Tensor, labels: Tensor) -> None:
 
 def test_gathered_steps_equal_compiled_ones(features: Tensor, labels: Tensor) -> None:
     kernel, _ = split(features)
-    batches = list(OptimizerConfig(batch_size=10, epochs=3).schedule(N))
+    batches = list(OptimizerConfig(batch_size=10, epochs=3).run_batches(N))
     rates = torch.tensor([[0.1, 0.9], [0.2, 0.0], [0.3, 0.5]], dtype=torch.float64)
     states = []
     for step in (sgd_steps.advance, sgd_steps._advance_torch):
@@ -217,17 +212,21 @@ def test_summaries_of_the_error_curve() -> None:
     fit = KernelFit(
         coefficients=torch.zeros(2),
         steps=torch.tensor([0, 10, 20, 30, 40]),
-        test_errors=torch.tensor(curve, dtype=torch.float64),
-        val_errors=torch.tensor([0.5, 0.3, 0.4, 0.4, 0.4]),
+        curves={
+            "test": Curve(torch.tensor(curve, dtype=torch.float64), torch.tensor([1.0, 0.9, 0.6, 0.5, 0.7])),
+            "val": Curve(torch.tensor([0.5, 0.3, 0.4, 0.4, 0.4]), torch.tensor([1.0, 0.9, 0.8, 0.9, 0.9])),
+        },
     )
     assert (fit.optimal_error, fit.optimal_step, fit.last_error, fit.validated_error) == (0.1, 20, 0.3, 0.2)
-    with pytest.raises(ValueError, match="test_kernel"):
+    losses = torch.tensor([fit.optimal_loss, fit.last_loss, fit.validated_loss])
+    assert torch.equal(losses, torch.tensor([0.5, 0.7, 0.6]))
+    with pytest.raises(ValueError, match=r"test=\(kernel, targets\)"):
         _ = KernelFit(torch.zeros(2), torch.tensor([1])).optimal_error
 
 
 def test_zero_and_nan_are_errors(features: Tensor, labels: Tensor) -> None:
     kernel, test_kernel = split(features)
-    sets = {"test_kernel": test_kernel, "test_targets": labels[0, N:]}
+    sets = {"test": (test_kernel, labels[0, N:])}
     fit = kernel_sgd(kernel, labels[0, :N], OptimizerConfig(epochs=1), **sets, eval_every=[0])
     assert fit.last_error == 1.0
     with pytest.warns(UserWarning, match="lr=|learning rate") as caught:
@@ -238,8 +237,7 @@ def test_zero_and_nan_are_errors(features: Tensor, labels: Tensor) -> None:
     ]
     assert fit.diverged
     assert fit.last_error == 1.0
-    assert fit.test_losses is not None
-    assert fit.test_losses[-1] == torch.inf
+    assert fit.curves["test"].losses[-1] == torch.inf
     assert len(fit.steps) == 1000
 
 
@@ -285,12 +283,13 @@ def test_averaging_over_outputs_raises_the_critical_rate(
         ({"targets": torch.tensor([1.0, -1.0, 1.0])}, r"targets must be \(4,\)"),
         ({"targets": torch.tensor([0.0, 1.0, 1.0, 0.0])}, r"2 \* y - 1"),
         ({"targets": torch.tensor([torch.nan, 1.0, 1.0, 1.0])}, "NaN"),
-        ({"test_targets": None}, "together"),
-        ({"test_kernel": torch.ones(2, 3)}, r"test_kernel must be \(m, 4\)"),
-        ({"test_kernel": torch.ones(4, 2)}, "transpose"),
-        ({"test_kernel": torch.ones(2, 4, dtype=torch.float64)}, "dtype"),
-        ({"test_targets": torch.ones(2, 3)}, "number of outputs"),
-        ({"test_targets": torch.ones(3)}, "test_targets"),
+        ({"test": torch.ones(2, 4)}, r"test=\(kernel, targets\)"),
+        ({"val": (torch.ones(2, 4), None)}, r"val=\(kernel, targets\)"),
+        ({"test": (torch.ones(2, 3), torch.ones(2))}, r"kernel of test must be \(m, 4\)"),
+        ({"val": (torch.ones(4, 2), torch.ones(2))}, "transpose"),
+        ({"test": (torch.ones(2, 4, dtype=torch.float64), torch.ones(2))}, "dtype"),
+        ({"test": (torch.ones(2, 4), torch.ones(2, 3))}, "number of outputs"),
+        ({"test": (torch.ones(2, 4), torch.ones(3))}, "targets of test"),
         ({"eval_every": 0}, "at least 1 step"),
         ({"eval_every": [100]}, "from 0 to 20"),
         ({"eval_every": []}, "from 0 to 20"),
@@ -305,8 +304,6 @@ def test_rejects_bad_input(change: dict[str, object], message: str) -> None:
         "kernel": torch.eye(4),
         "targets": torch.tensor([1.0, -1.0, 1.0, 1.0]),
         "optimizer": OptimizerConfig(),
-        "test_kernel": torch.ones(2, 4),
-        "test_targets": torch.ones(2),
     }
     with pytest.raises((TypeError, ValueError), match=message):
         kernel_sgd(**(arguments | change))
@@ -323,7 +320,7 @@ def test_grid_rejects_bad_input() -> None:
     with pytest.raises(ValueError, match="from 0 to 20"):
         kernel_sgd_grid(kernel, targets, [OptimizerConfig(), OptimizerConfig(seed=1)], eval_every=[21])
     with pytest.raises(ValueError, match="2 label vectors"):
-        kernel_sgd_grid(kernel, targets, [OptimizerConfig()], test_kernel=kernel, test_targets=targets[0])
+        kernel_sgd_grid(kernel, targets, [OptimizerConfig()], test=(kernel, targets[0]))
 
 
 def test_torch_keeps_its_number_of_threads() -> None:

@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,9 +31,11 @@ from torch import Tensor, nn
 
 from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK, kernel_key
 from ntk_lightning.kernels.grams import store as store_module
-from ntk_lightning.kernels.grams.store import BlockId, KernelStore, compute_on_ray
+from ntk_lightning.kernels.grams.store import BlockId, KernelStore
+from ntk_lightning.kernels.grams.store_ray import compute_on_ray
 from ntk_lightning.networks import MLP, MyrtleCNN, NTKLinear
 
+DATA = Path(__file__).parent / "data"
 PROCESSES = multiprocessing.get_context("forkserver")  # children start with the imports done, in milliseconds
 PROCESSES.set_forkserver_preload(["ntk_lightning.kernels.grams.store"])
 
@@ -81,12 +84,12 @@ def work(folder: Path, log: Path, n: int, block: int, seconds: float, barrier: B
 
 
 def die_before_rename(folder: Path, log: Path) -> None:
-    Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+    os.link = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
     work(folder, log, 10, 5, 0.0)
 
 
-def block_folders(store: KernelStore) -> list[Path]:
-    return sorted(path for path in store.folder.iterdir() if path.is_dir())
+def block_files(store: KernelStore) -> list[Path]:
+    return sorted(store.folder.glob("*.zarr.zip"))
 
 
 def empirical(memory: str = "4GB") -> EmpiricalNTK:
@@ -119,7 +122,7 @@ def test_only_touched_blocks_are_computed_and_once(tmp_path: Path) -> None:
     done = {(0, 0), (0, 1), (1, 1), (0, 3), (2, 3)}
     assert computed(log, 5) == dict.fromkeys(done, 1)
     assert store.missing() == [block for block in store.block_ids if block not in done]
-    assert len(block_folders(store)) == len(done)
+    assert len(block_files(store)) == len(done)
 
 
 def test_more_samples_and_another_order_reuse_the_blocks(tmp_path: Path) -> None:
@@ -259,49 +262,74 @@ def test_attributes_of_every_plain_type_are_named() -> None:
     assert len(keys) == len(values) + 3
 
 
+def members(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def rewrite(path: Path, contents: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content)
+
+
 def flip_bit(path: Path) -> None:
-    content = bytearray((path / "c.0.0").read_bytes())
-    content[len(content) // 2] ^= 1
-    (path / "c.0.0").write_bytes(content)
+    content = bytearray(path.read_bytes())
+    content[60] ^= 1  # among the values of the chunk, which comes first
+    path.write_bytes(content)
+
+
+def flip_bit_inside(path: Path) -> None:
+    contents = members(path)
+    contents["c/0/0"] = bytes([contents["c/0/0"][0] ^ 1]) + contents["c/0/0"][1:]
+    rewrite(path, contents)
 
 
 def truncate(path: Path) -> None:
-    os.truncate(path / "c.0.0", 100)
+    os.truncate(path, 100)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
 
 
 def truncate_metadata(path: Path) -> None:
-    os.truncate(path / "zarr.json", 100)
+    rewrite(path, members(path) | {"zarr.json": members(path)["zarr.json"][:100]})
 
 
 def change_metadata(path: Path) -> None:
-    metadata = json.loads((path / "zarr.json").read_text())
+    metadata = json.loads(members(path)["zarr.json"])
     metadata["shape"] = [5, 10**9]
-    (path / "zarr.json").write_text(json.dumps(metadata))
+    rewrite(path, members(path) | {"zarr.json": json.dumps(metadata).encode()})
 
 
 def plant_integers(path: Path) -> None:
-    shutil.rmtree(path)
-    zarr.create_array(path, data=np.ones((5, 5), np.int64))
+    path.unlink()
+    with zarr.storage.ZipStore(path, mode="w") as archive:
+        zarr.create_array(archive, data=np.ones((5, 5), np.int64))
 
 
 def lose_chunk(path: Path) -> None:
-    (path / "c.0.0").unlink()
+    rewrite(path, {"zarr.json": members(path)["zarr.json"]})
 
 
-def lose_all(path: Path) -> None:
-    for file in path.iterdir():
-        file.unlink()
+def lose_metadata(path: Path) -> None:
+    rewrite(path, {"c/0/0": members(path)["c/0/0"]})
 
 
 @pytest.mark.parametrize(
-    "damage", [flip_bit, truncate, truncate_metadata, change_metadata, plant_integers, lose_chunk, lose_all]
+    "damage",
+    [
+        *(flip_bit, flip_bit_inside, truncate, empty, truncate_metadata, change_metadata),
+        *(plant_integers, lose_chunk, lose_metadata),
+    ],
 )
 def test_a_damaged_block_is_found_and_computed_again(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     log = tmp_path / "log"
     store = KernelStore(tmp_path, LoggedKernel(log), samples(15), block=5)
     store.compute(progress=False)
     before = files(store.folder)
-    damage(block_folders(store)[2])
+    damage(block_files(store)[2])
     (damaged,) = store.missing()
     assert files(store.folder) != before
     with pytest.warns(RuntimeWarning, match="damaged"):
@@ -313,14 +341,14 @@ def test_a_damaged_block_is_found_and_computed_again(tmp_path: Path, damage: Cal
 def test_every_damaged_byte_is_found(tmp_path: Path) -> None:
     store = KernelStore(tmp_path, LoggedKernel(tmp_path / "log"), samples(3))
     expected = store.gram(slice(None), progress=False)
-    for file in block_folders(store)[0].iterdir():
-        content = file.read_bytes()
-        for place in range(len(content)):
-            damaged = bytearray(content)
-            damaged[place] ^= 1 << place % 8
-            file.write_bytes(damaged)
-            assert store.missing() or torch.equal(store.gram(slice(None)), expected)
-        file.write_bytes(content)
+    (file,) = block_files(store)
+    content = file.read_bytes()
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        file.write_bytes(damaged)
+        assert store.missing() or torch.equal(store.gram(slice(None)), expected)
+    file.write_bytes(content)
     assert not store.missing()
 
 
@@ -353,14 +381,14 @@ def test_a_wrong_kernel_is_refused_and_what_was_finished_stays(tmp_path: Path) -
     with pytest.raises(ValueError, match=r"shape \(5,\) for 5 and 5 samples"):
         store.compute([(1, 1)], progress=False)
     assert (0, 0) not in store.missing()
-    assert len(block_folders(store)) == 1
+    assert len(block_files(store)) == 1
 
 
 def test_a_failed_write_names_the_folder_and_keeps_what_was_finished(tmp_path: Path) -> None:
     log = tmp_path / "log"
     store = KernelStore(tmp_path, LoggedKernel(log), samples(40), block=20)
     store.compute([(0, 0)], progress=False)
-    with file_size_limit(2000), pytest.raises(OSError, match="Cannot write kernel blocks in") as error:
+    with file_size_limit(2000), pytest.raises(OSError, match=r"Cannot write .*finished blocks are kept") as error:
         store.compute(progress=False)
     assert str(store.folder) in str(error.value)
     assert store.missing() == [(0, 1), (1, 1)]
@@ -379,7 +407,7 @@ def test_an_unusable_folder_is_found_before_any_work(
     else:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=99))
     store = KernelStore(tmp_path / "store", LoggedKernel(log), samples(10))
-    with pytest.raises(OSError, match=f"Cannot write kernel blocks in {store.folder}"):
+    with pytest.raises(OSError, match=f"Cannot write {store.folder}.*finished blocks are kept"):
         store.gram(slice(None), progress=False)
     assert computed(log, 256).total() == 0
 
@@ -479,6 +507,60 @@ def test_a_kill_inside_a_write_leaves_nothing_that_counts(tmp_path: Path) -> Non
     store.compute(progress=False)
     assert not left.exists()
     assert torch.equal(store.gram(slice(None), progress=False), samples(10) @ samples(10).T)
+
+
+def stores_of_0_1() -> list[tuple[nn.Module, Tensor, int]]:
+    """The kernels, samples and block sizes of tests/data/store_0.1.0."""
+
+    def spread(net: nn.Module) -> nn.Module:
+        for parameter in net.parameters():
+            values = torch.linspace(-1, 1, parameter.numel(), dtype=torch.float64)
+            parameter.data.copy_(values.reshape(parameter.shape))
+        return net.double()
+
+    vectors = torch.arange(24, dtype=torch.float64).reshape(8, 3).sin()
+    images = torch.arange(2 * 3 * 64, dtype=torch.float64).reshape(2, 3, 8, 8).sin()
+    return [
+        (InfiniteNTK(MLP(1, 2, 3, bias_std=0.5)), vectors, 4),
+        (EmpiricalNTK(spread(MLP(4, 2, 3))), vectors, 4),
+        (InfiniteNTK(MyrtleCNN(1)), images, 2),
+        (EmpiricalNTK(spread(MyrtleCNN(2))), images, 2),
+    ]
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_store_of_version_0_1_is_read_and_nothing_is_computed_again(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(DATA / "store_0.1.0", tmp_path / "store")
+    before = files(tmp_path / "store")
+    kernel, x, block = stores_of_0_1()[number]
+    expected = kernel(x)
+    monkeypatch.setattr(KernelStore, "_compute", None)
+    store = KernelStore(tmp_path / "store", kernel, x, block=block)
+    assert store.missing() == []
+    torch.testing.assert_close(store.gram(slice(None), progress=False), expected, rtol=1e-12, atol=1e-12)
+    assert files(tmp_path / "store") == before
+
+
+def test_a_damaged_block_of_version_0_1_is_computed_again(tmp_path: Path) -> None:
+    shutil.copytree(DATA / "store_0.1.0", tmp_path / "store")
+    kernel, x, block = stores_of_0_1()[0]
+    store = KernelStore(tmp_path / "store", kernel, x, block=block)
+    chunk = next(store.folder.glob("*/c.0.0"))
+    content = chunk.read_bytes()
+    for damaged in (content[:-1], content[:5] + bytes([content[5] ^ 4]) + content[6:], None):
+        chunk.unlink() if damaged is None else chunk.write_bytes(damaged)
+        assert len(store.missing()) == 1
+    with pytest.warns(RuntimeWarning, match="damaged"):
+        torch.testing.assert_close(store.gram(slice(None), progress=False), kernel(x), rtol=1e-12, atol=1e-12)
+    assert store.missing() == []
+
+
+def test_a_block_is_one_file(tmp_path: Path) -> None:
+    store = KernelStore(tmp_path, LoggedKernel(tmp_path / "log"), samples(20), block=5)
+    store.compute(progress=False)
+    assert len(files(store.folder)) == len(store.block_ids) + 1  # and the kernel's description
 
 
 def test_two_processes_share_one_store(tmp_path: Path) -> None:

@@ -5,10 +5,15 @@ Longer than 300 lines, since kills, failures and wrong configurations are tried 
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, field, fields, replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,11 +25,16 @@ from studies import CHROMIUM, CONFIGS, SHIPPED, browse, table, tiny
 from tiny import file_size_limit
 
 from ntk_lightning.cli import main
+from ntk_lightning.optim import OptimizerConfig
 from ntk_lightning.studies.cell import run_cell
-from ntk_lightning.studies.config import Arm, Cell, read_config
-from ntk_lightning.studies.executors import cells_at_once, default_threads, on_ray
+from ntk_lightning.studies.cell_config import Cell
+from ntk_lightning.studies.config import Arm, Grid, StudyConfig
+from ntk_lightning.studies.config_yaml import read_config
+from ntk_lightning.studies.executors import Resources, cells_at_once, default_threads, on_ray
 from ntk_lightning.studies.figure_draw import figures
+from ntk_lightning.studies.progress import seconds_left
 from ntk_lightning.studies.report_wandb import report
+from ntk_lightning.studies.results import read_study
 from ntk_lightning.studies.schema import COLUMNS
 from ntk_lightning.studies.study import StudyError, run_study
 
@@ -90,16 +100,17 @@ def test_nested_infinite_cells_share_one_store(tmp_path: Path) -> None:
     file = CONFIGS / "figure_1a.yaml"
     group = read_config([file, tiny(file, tmp_path)]).cells()["infinite NTK"]
     for cell in group:
-        run_cell(cell, tmp_path / "grams")
+        run_cell(cell, tmp_path / "grams", "1GB")
     assert len([path for path in (tmp_path / "grams").iterdir() if path.is_dir()]) == 1
 
 
 KILLED = """
 import os, random, sys, time
 from ntk_lightning.cli import main
-from ntk_lightning.studies import executors
+from ntk_lightning.optim import OptimizerConfig
+from ntk_lightning.studies import cell as cell_module
 
-args, log, chance, run_cell = sys.argv[1].split("\\n"), sys.argv[2], random.Random(0), executors.run_cell
+args, log, chance, run_cell = sys.argv[1].split("\\n"), sys.argv[2], random.Random(0), cell_module.run_cell
 cells = os.path.join(args[args.index("--output") + 1], "cells")
 
 def logged(cell, *rest, **options):
@@ -114,7 +125,7 @@ def finished():
     names = os.listdir(cells) if os.path.isdir(cells) else []
     return {name.removesuffix(".parquet") for name in names if name.endswith(".parquet")}
 
-executors.run_cell = logged
+cell_module.run_cell = logged
 for number in [1, 2, 3, 4, 5, None]:
     before, count, deadline = finished(), len(started()), time.monotonic() + 120
     child = os.fork()
@@ -166,7 +177,7 @@ def test_a_damaged_cell_is_computed_again(tmp_path: Path, monkeypatch: pytest.Mo
         ran.append(cell)
         return run_cell(cell, *args, **kwargs)
 
-    monkeypatch.setattr("ntk_lightning.studies.executors.run_cell", counted)
+    monkeypatch.setattr("ntk_lightning.studies.cell.run_cell", counted)
     assert table(run_study(config, folder)) == before
     assert sorted(cell.key for cell in ran) == [path.stem for path in damaged]
     assert all(pq.read_table(path).num_rows for path in damaged)
@@ -175,11 +186,20 @@ def test_a_damaged_cell_is_computed_again(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_cell_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = CONFIGS / "figure_5a.yaml"
     calls: list[str] = []
-    for name in ("fsync", "link"):
+    for name in ("fsync", "link", "replace"):
         real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append(name), real(*args))[1])
+
+        def call(*args: Any, name: str = name, real: Any = real) -> object:  # noqa: ANN401
+            calls.append(f"{name} {Path(args[-1]).suffix}" if name != "fsync" else name)
+            return real(*args)
+
+        monkeypatch.setattr(os, name, call)
     run_study(read_config([file, tiny(file, tmp_path)]), tmp_path / "results")
-    assert calls == ["fsync", "link"] * 2 + ["fsync"]  # two cells and the table
+    of_cells = [number for number, call in enumerate(calls) if call == "link .parquet"]
+    (of_table,) = [number for number, call in enumerate(calls) if call == "replace .parquet"]
+    assert len(of_cells) == 2
+    for number in (*of_cells, of_table):
+        assert (calls[number - 1], calls[number + 1]) == ("fsync", "fsync")  # the file, then its folder
 
 
 @pytest.mark.usefixtures("capsys")  # what is printed goes to no file
@@ -211,10 +231,10 @@ def test_a_cell_that_another_process_has_finished_meanwhile_is_not_written_again
             seen.update({path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()})
         else:
             ran.append(cell)
-        return run_cell(cell, tmp_path)
+        return run_cell(cell, tmp_path, "1GB")
 
     seen: dict[Path, int] = {}
-    monkeypatch.setattr("ntk_lightning.studies.executors.run_cell", overtaken)
+    monkeypatch.setattr("ntk_lightning.studies.cell.run_cell", overtaken)
     run_study(config, folder)
     assert [cell.key for cell in ran] == [cells[0].key, *(cell.key for cell in cells)]
     assert {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()} == seen
@@ -241,13 +261,22 @@ def failing(cell: Cell, *args: Any, **kwargs: Any) -> object:  # noqa: ANN401
 def test_a_failed_cell_is_reported_and_the_others_finish(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ntk_lightning.studies.executors.run_cell", failing)
+    monkeypatch.setattr("ntk_lightning.studies.cell.run_cell", failing)
     with pytest.raises(StudyError, match="4 of 12 cells of figure_2a failed"):
         main(command(CONFIGS / "figure_2a.yaml", tmp_path))
     printed = capsys.readouterr()
     assert printed.err.count("Failed: network, n 9") == 4
     assert "KeyError: 'values[name] of [/x] :x:'" in printed.err  # no markup
     assert "8/12 cells, 0 running, 4 failed" in printed.out
+    lines = printed.out.splitlines()  # no terminal: a line a cell
+    assert lines[0] == "figure_2a: 0/12 cells, 1 running"
+    assert sum(line.startswith("figure_2a: ") for line in lines) == 13
+    assert sum(", seed 0 took " in line for line in lines) == 4
+    assert sum(line.endswith(" failed") and "network, n 9, width" in line for line in lines) == 4
+    clock = r"\d:\d\d:\d\d"
+    assert re.match(
+        rf"figure_2a: 1/12 cells, 1 running, {clock} elapsed, more than {clock} left; network, n 6,", lines[1]
+    )
     assert sorted({row["n"] for row in table(tmp_path / "results" / "figure_2a.parquet")}) == [6, 12]
 
 
@@ -259,7 +288,7 @@ def test_failures_are_reported_when_the_study_is_interrupted(
             raise KeyboardInterrupt
         return failing(cell, *args, **kwargs)
 
-    monkeypatch.setattr("ntk_lightning.studies.executors.run_cell", interrupted)
+    monkeypatch.setattr("ntk_lightning.studies.cell.run_cell", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main(command(CONFIGS / "figure_2a.yaml", tmp_path))
     assert capsys.readouterr().err.count("Failed: network, n 9") == 2
@@ -269,7 +298,7 @@ def test_a_study_without_rows_leaves_no_table(tmp_path: Path, monkeypatch: pytes
     def broken(*args: object, **kwargs: object) -> object:
         raise RuntimeError
 
-    monkeypatch.setattr("ntk_lightning.studies.executors.run_cell", broken)
+    monkeypatch.setattr("ntk_lightning.studies.cell.run_cell", broken)
     with pytest.raises(StudyError, match="12 of 12 cells of figure_2a failed, as printed above; there is no table"):
         main(command(CONFIGS / "figure_2a.yaml", tmp_path))
     assert not list((tmp_path / "results").rglob("*.parquet"))
@@ -316,9 +345,9 @@ def test_nodes_that_are_gone_have_no_room(monkeypatch: pytest.MonkeyPatch) -> No
     ray = SimpleNamespace(is_initialized=lambda: True, nodes=lambda: nodes)
     monkeypatch.setitem(sys.modules, "ray", ray)
     for cpus, slots in ((None, 3), (1, 6)):
-        with on_ray("local", Path(), cpus, 0.0, "4GB") as (found, _):
-            assert found == slots
-    with pytest.raises(ValueError, match="A cell asks for 8 CPUs"), on_ray("local", Path(), 8, 0.0, "4GB"):
+        with on_ray("local", Path(), Resources("local", cpus)) as executor:
+            assert executor.slots == slots
+    with pytest.raises(ValueError, match="A cell asks for 8 CPUs"), on_ray("local", Path(), Resources("local", 8)):
         pass
 
 
@@ -354,9 +383,9 @@ def test_an_interrupted_study_keeps_its_table(tmp_path: Path, monkeypatch: pytes
         if len(ran) == 2:
             raise KeyboardInterrupt
         ran.append(cell)
-        return run_cell(cell, tmp_path)
+        return run_cell(cell, tmp_path, "1GB")
 
-    monkeypatch.setattr("ntk_lightning.studies.executors.run_cell", interrupted)
+    monkeypatch.setattr("ntk_lightning.studies.cell.run_cell", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_study(config, tmp_path / "results")
     assert [row["cell"] for row in table(tmp_path / "results" / "figure_2a.parquet")] == [cell.key for cell in ran]
@@ -448,7 +477,7 @@ def test_a_file_that_is_no_yaml_is_named(content: bytes, tmp_path: Path) -> None
 
 
 def test_missing_files_and_scales_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="cli_configs/studies has one per figure"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.yaml, name one of your own, or one that comes with"):
         read_config([tmp_path / "nothing.yaml"])
     with pytest.raises(ValueError, match=r"no scale 'huge'.*cifar10.*small"):
         read_config([CONFIGS / "figure_1a.yaml"], "huge")
@@ -459,7 +488,7 @@ def test_a_cell_leaves_no_file_where_it_is_run(tmp_path: Path, monkeypatch: pyte
     cell = read_config([file, tiny(file, tmp_path)]).cells()["network"][0]
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    run_cell(cell, tmp_path / "grams")
+    run_cell(cell, tmp_path / "grams", "1GB")
     assert not list((tmp_path / "here").iterdir())
 
 
@@ -524,3 +553,192 @@ def test_wandb_keeps_runs_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "one.yaml").write_text(yaml.safe_dump({"grid": {"n": [6], "seed": [0]}}))
     main([*command(file, tmp_path, "--wandb", "a_project"), "--config", str(tmp_path / "one.yaml")])
     assert len(list((tmp_path / "results" / "wandb").glob("offline-run-*"))) == 1
+
+
+EARLIER = Path(__file__).parent / "data" / "study_of_0_1"  # what version 0.1.0 wrote of a tiny figure 1A
+
+
+def test_tables_of_an_earlier_version_are_drawn_and_its_cells_refused_in_one_sentence(tmp_path: Path) -> None:
+    shutil.copytree(EARLIER, tmp_path / "results")
+    results = str(tmp_path / "results")
+    assert len(figures(results)) == 2
+    assert report(results).exists()
+    study = read_study(tmp_path / "results" / "figure_1a.parquet")
+    assert len(study.rows) == 18
+    with pytest.raises(ValueError, match=r"results are of an earlier version.*choose another --output") as refused:
+        main(command(CONFIGS / "figure_1a.yaml", tmp_path))
+    assert str(refused.value).count(". ") == 0
+    assert len(list((tmp_path / "results" / "cells").iterdir())) == 1
+
+
+def a_cell(**changes: Any) -> Cell:  # noqa: ANN401
+    return Cell(**{"model": "network", "n": 8, "width": 2, "seed": 1, "optimizer": OptimizerConfig(lr=0.5), **changes})
+
+
+@dataclass(frozen=True)
+class LaterOptimizer(OptimizerConfig):
+    nesterov: bool = False
+
+
+@dataclass(frozen=True)
+class LaterCell(Cell):
+    augment: bool = False
+    widths: list[int] = field(default_factory=list)
+
+
+def test_a_new_option_with_a_default_leaves_finished_cells_finished() -> None:
+    later = LaterCell(**{**vars(a_cell()), "optimizer": LaterOptimizer(lr=0.5)})
+    assert "nesterov" in later.config
+    assert "widths" in later.config
+    assert later.key == a_cell().key
+    changed = [replace(later, augment=True), replace(later, widths=[1])]
+    changed.append(replace(later, optimizer=LaterOptimizer(lr=0.5, nesterov=True)))
+    assert len({cell.key for cell in (later, *changed)}) == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "order 2"},
+        {"n": 9},
+        {"width": 3},
+        {"seed": 2},
+        {"optimizer": OptimizerConfig(lr=0.25)},
+        {"optimizer": OptimizerConfig(lr=0.5, full_batch=True)},
+        {"after": (4,)},
+        {"after_fresh": (4,)},
+        {"kernels_at": (4,)},
+        {"log_spaced": 4},
+        {"until_train_error": 0.0},
+        {"data": {"class_path": "a"}},
+        {"net": {"class_path": "a"}},
+        {"net": {"class_path": "a", "init_args": {"width": 2}}},
+    ],
+)
+def test_every_value_that_is_no_default_changes_the_key(change: dict[str, Any]) -> None:
+    assert a_cell(**change).key != a_cell().key
+
+
+def test_the_defaults_behind_the_keys_are_those_of_finished_cells() -> None:
+    # A key leaves defaults out: one that changed would give the results of the old default the key of the new one.
+    assert vars(OptimizerConfig()) == {
+        **{"lr": 0.1, "momentum": 0.9, "batch_size": 200, "epochs": 20, "steps": None, "full_batch": False, "seed": 0}
+    }
+    defaults = vars(Cell("network", 1, 1, 0, OptimizerConfig()))
+    assert {
+        name: value for name, value in defaults.items() if name not in ("model", "n", "width", "seed", "optimizer")
+    } == {
+        **{"after": (), "after_fresh": (), "kernels_at": None, "log_spaced": None, "until_train_error": None},
+        **{"data": {}, "net": {}},
+    }
+    assert a_cell().key == "fb61656bb600884da78514fe"
+
+
+def sized(model: str, n: int, width: int | None = None, epochs: int = 20) -> Cell:
+    return a_cell(model=model, n=n, width=width, optimizer=OptimizerConfig(epochs=epochs))
+
+
+def test_the_time_left_is_that_of_the_closest_cell_of_the_kind() -> None:
+    now = [(sized("network", 100, 8), 10.0), (sized("network", 400, 8), 20.0), (sized("infinite", 100), 5.0)]
+    assert seconds_left([sized("network", 800, 8)], now, [], 1) == (40.0, True)
+    assert seconds_left([sized("network", 50, 8)], now, [], 1) == (5.0, True)
+    assert seconds_left([sized("network", 100, 8, epochs=40)], now, [], 1) == (20.0, True)
+    assert seconds_left([sized("infinite", 300)], now, [], 1) == (45.0, True)
+    assert seconds_left([sized("infinite", 300), sized("network", 800, 8)], now, [], 2) == (42.5, True)
+    assert seconds_left([sized("infinite", 300), sized("network", 800, 16)], now, [], 1) == (45.0, False)
+    assert seconds_left([sized("network", 800, 8)], [], now, 1) == (40.0, True)
+    assert seconds_left([sized("network", 800, 8)], [(sized("network", 100, 8), 1.0)], now, 1) == (8.0, True)
+    assert seconds_left([], now, [], 1) == (0.0, True)
+
+
+OWN_DATA = """
+import torch
+from ntk_lightning.datamodules import ImageDataModule, Samples
+
+class OwnData(ImageDataModule):
+    sign, loaded = 1.0, 0
+
+    def load(self, train):
+        type(self).loaded += 1
+        x = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(int(train)))
+        return Samples(x, self.sign * x.mean((1, 2, 3)).sign())
+
+class Downloaded(OwnData):
+    def prepare_data(self):
+        pass
+"""
+
+
+@pytest.mark.parametrize("name", ["OwnData", "Downloaded"])
+def test_data_that_have_changed_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_data.py").write_text(OWN_DATA)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_data", raising=False)
+    classes = import_module("own_data")
+    grid = Grid(n=[6], width=[2], seed=[0], epochs=[1], batch_size=[6])
+    net = {"class_path": "ntk_lightning.networks.MLP", "init_args": {"in_features": 64, "depth": 2}}
+    data = {"class_path": f"own_data.{name}", "init_args": {"n_test": 8, "n_statistics": 12}}
+    config = StudyConfig("own", "Own data", data, net, [Arm("network")], grid)
+    folder = tmp_path / "results"
+    before = table(run_study(config, folder))
+    loaded = getattr(classes, name)
+    assert loaded.loaded == 4  # both pools before the study, and in its cell
+    assert table(run_study(config, folder)) == before
+    monkeypatch.setattr(classes.OwnData, "sign", -1.0)
+    larger = replace(config, grid=replace(grid, n=[6, 12]))
+    with pytest.raises(ValueError, match=rf"own have changed: 1 finished cells .*own_data\.{name} loads now"):
+        run_study(larger, folder)
+    if name == "OwnData":
+        with pytest.raises(ValueError, match=r"have changed.*another --output"):
+            run_study(config, folder)
+    else:  # nothing is left to run, and the data may not be here: they are not downloaded to be compared
+        count = loaded.loaded
+        assert table(run_study(config, folder)) == before
+        assert loaded.loaded == count
+    monkeypatch.setattr(classes.OwnData, "sign", 1.0)
+    assert len(table(run_study(larger, folder))) == 2
+
+
+def test_a_base_is_found_beside_its_file_or_among_those_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no checkout
+    (tmp_path / "mine").mkdir()
+    own = tmp_path / "mine" / "own.yaml"
+    own.write_text("base: cli_configs/studies/figure_1a.yaml\nname: own\n")
+    assert read_config([own]).arms == read_config(["cli_configs/studies/figure_1a.yaml"]).arms
+    (tmp_path / "mine" / "second.yaml").write_text("base: own.yaml\ntitle: Second\n")
+    second = read_config([tmp_path / "mine" / "second.yaml"])
+    assert (second.name, second.title) == ("own", "Second")
+    own.write_text("base: figure_1a.yaml\nname: own\n")
+    with pytest.raises(FileNotFoundError, match=r"mine/figure_1a\.yaml, the base of .*own\.yaml: name a file beside"):
+        read_config([own])
+
+
+def test_the_papers_exponents_and_scale_are_not_those_of_other_data(tmp_path: Path) -> None:
+    shipped = "cli_configs/studies/figure_1a.yaml"
+    paper = read_config([shipped])
+    assert (paper.scale, len(paper.figure.published)) == ("paper", 3)
+    files = [tmp_path / name for name in ("same.yaml", "other.yaml", "own.yaml")]
+    files[0].write_text(yaml.safe_dump({"data": {"init_args": {"path": "elsewhere"}}}))
+    files[1].write_text(yaml.safe_dump({"data": {"class_path": "my_data.Mine"}}))
+    files[2].write_text(yaml.safe_dump({"base": shipped, "name": "own", "data": {"class_path": "my_data.Mine"}}))
+    assert read_config([shipped, files[0]]).figure == paper.figure
+    for own in (read_config([shipped, files[1]]), read_config([files[2]])):
+        assert (own.scale, own.figure.published) == ("", {})
+    assert len(read_config([shipped], "small").figure.published) == 3  # a scale is the project's, and says so
+    change = {"data": {"class_path": "my_data.Mine"}, "scale": "mine", "figure": {"published": {"network": 0.5}}}
+    files[1].write_text(yaml.safe_dump(change))
+    own = read_config([shipped, files[1]])
+    assert (own.scale, own.figure.published) == ("mine", {"network": 0.5})
+
+
+def test_resources_have_one_default_each(capsys: pytest.CaptureFixture[str]) -> None:
+    defaults = {item.name: item.default for item in fields(Resources)}
+    parameters = inspect.signature(run_study).parameters
+    assert {name: parameters[name].default for name in defaults} == defaults
+    with pytest.raises(SystemExit):
+        main(["study", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"(default: {defaults['gpus']:g})" in shown
+    assert f"(default: {defaults['memory']})" in shown

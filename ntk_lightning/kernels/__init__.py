@@ -2,7 +2,8 @@
 
 from ntk_lightning.kernels.empirical.empirical_ntk import EmpiricalNTK
 from ntk_lightning.kernels.grams.kernel_key import kernel_key
-from ntk_lightning.kernels.grams.store import KernelStore, compute_on_ray
+from ntk_lightning.kernels.grams.store import KernelStore
+from ntk_lightning.kernels.grams.store_ray import compute_on_ray
 from ntk_lightning.kernels.infinite.infinite_ntk import InfiniteNTK
 
 __all__ = ["EmpiricalNTK", "InfiniteNTK", "KernelStore", "compute_on_ray", "kernel_key"]

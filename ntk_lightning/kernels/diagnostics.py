@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ntk_lightning.whole_number import is_whole
+
 __all__ = [
     "centered_kernel_alignment",
     "effective_rank",
@@ -213,8 +215,8 @@ def _labels(targets: Tensor, gram: Tensor) -> Tensor:
 
 
 def _check_count(k: int, n: int) -> None:
-    if not 1 <= k <= n:
-        raise ValueError(f"k must be from 1 to {n}, the number of points, got {k}.")
+    if not is_whole(k) or not 1 <= k <= n:
+        raise ValueError(f"k must be a whole number from 1 to {n}, the number of points, got {k}.")
 
 
 def _centered(kernel: Tensor) -> Tensor:

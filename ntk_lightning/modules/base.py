@@ -1,26 +1,24 @@
-"""What every arm of a comparison shares: the step, the loss, the metrics and the optimizer."""
+"""What all trained models of a comparison share: the step, the loss, the metrics and the optimizer."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict
 from typing import Any, ClassVar, cast
 
 import torch
-from lightning import LightningModule
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from ntk_lightning.datamodules.base import Batch, Samples, has_set, samples_of
+from ntk_lightning.datamodules.base import Batch
 from ntk_lightning.modules.loss_and_error import LossAndError
+from ntk_lightning.modules.resume_guard import ResumeGuard
 from ntk_lightning.objective import check_labels, encode_targets, squared_error
 from ntk_lightning.optim import OptimizerConfig
 
 __all__ = ["NTKModule"]
 
 
-class NTKModule(LightningModule, ABC):
+class NTKModule(ResumeGuard, ABC):
     """Base of the three models: mean squared error on +-1 labels, SGD with momentum, error rate.
 
     Logs ``train/loss``, ``train/error``, and the same for every evaluation split, averaged over samples (a smaller
@@ -38,17 +36,6 @@ class NTKModule(LightningModule, ABC):
         self.optimizer_config = optimizer
         prefixes = nn.ModuleDict({prefix: LossAndError() for prefix in ("train/", "val/", "test/")})
         self._metrics = cast("dict[str, LossAndError]", prefixes)
-        self._train_summary: Tensor | None = None
-
-    def setup(self, stage: str) -> None:
-        """Take down what the run is trained on, so that it is not resumed on anything else.
-
-        Args:
-            stage: Only "fit" trains.
-        """
-        if stage == "fit":
-            known = has_set(self.trainer, "train")
-            self._train_summary = _summary(samples_of(self.trainer, "train")) if known else None
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -58,7 +45,7 @@ class NTKModule(LightningModule, ABC):
         """Evaluate the model on a batch, by its position in the data set where that is faster.
 
         Args:
-            batch: Of the data module.
+            batch: A batch of the data module.
             split: "train", "val" or "test": the data set it is from.
 
         Returns:
@@ -106,41 +93,6 @@ class NTKModule(LightningModule, ABC):
         """Make the optimizer that all models share."""
         return self.optimizer_config.configure(self.parameters())
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the sums of the epoch's training metrics so far, one row a process, the optimizer config and the data."""
-        checkpoint["train_totals"] = cast(Tensor, self.all_gather(self._metrics["train/"].totals)).reshape(-1, 3).cpu()
-        checkpoint["optimizer_config"] = asdict(self.optimizer_config)
-        checkpoint["train_summary"] = self._train_summary
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the precision of the weights and the sums of the training metrics.
-
-        Raises:
-            ValueError: A run is resumed with another optimizer config, or on other data, than it began with.
-        """
-        dtypes = {value.dtype for value in checkpoint["state_dict"].values() if value.is_floating_point()}
-        if len(dtypes) == 1:  # Lightning loads them before it brings the module into the run's precision
-            self.to(dtypes.pop())
-        trainer = self._trainer
-        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
-            return
-        config = asdict(self.optimizer_config)
-        for name, value in checkpoint.get("optimizer_config", {}).items():
-            if name not in ("epochs", "steps") and config[name] != value:  # those two are the Trainer's in a fit
-                raise ValueError(
-                    f"The checkpoint's run had {name}={value}, this one has {name}={config[name]}: resume with the "
-                    "same optimizer config, or remove the checkpoint to start a new run."
-                )
-        before, now = checkpoint.get("train_summary"), self._train_summary
-        if before is not None and now is not None and not _equal_to_rounding(before, now):
-            raise ValueError(
-                "The checkpoint's run was trained on other samples than this one's: resume with the same data "
-                "module, n_train and subset_seed, or remove the checkpoint to start a new run."
-            )
-        if "train_totals" in checkpoint:
-            share = checkpoint["train_totals"][trainer.global_rank :: trainer.world_size]
-            self._metrics["train/"].totals = share.sum(0)
-
     def _log_epoch(self) -> None:
         """Log the metrics that were updated, once an epoch: every step would cost a tenth of a small network's."""
         for prefix, metric in self._metrics.items():
@@ -177,13 +129,3 @@ class NTKModule(LightningModule, ABC):
         # DDP averages gradients over processes: this makes the average that of the whole batch, however it was cut
         loss: Tensor = squared_error(outputs, targets).sum() * (self.trainer.world_size / batch.size)
         return loss
-
-
-def _summary(samples: Samples) -> Tensor:
-    """Mean input and labels of every sample, (n, 1 + C): tells training sets apart, whatever the rounding."""
-    n = len(samples)
-    return torch.cat([samples.x.reshape(n, -1).mean(1, keepdim=True), samples.y.reshape(n, -1)], 1).float().cpu()
-
-
-def _equal_to_rounding(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3)

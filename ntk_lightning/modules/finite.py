@@ -17,7 +17,7 @@ class FiniteNetwork(NTKModule):
 
     Args:
         net: Maps inputs (n, ...) to outputs (n, num_outputs).
-        optimizer: Shared by every arm of a comparison.
+        optimizer: Shared by all models of a comparison.
 
     Example:
         >>> import torch

@@ -12,27 +12,31 @@ from lightning import Trainer
 from torch import Tensor, nn
 
 from ntk_lightning.datamodules.base import Batch, has_set, samples_of
-from ntk_lightning.kernels.empirical.empirical_ntk import EmpiricalNTK
-from ntk_lightning.kernels.grams.distributed import sharded_gram, sharded_gram_and_cross
-from ntk_lightning.kernels.grams.infinite_grams import infinite_grams
+from ntk_lightning.kernels.grams.agreement import agree_on_kernel
+from ntk_lightning.kernels.grams.distributed import distributed_cross, distributed_gram, distributed_gram_and_cross
+from ntk_lightning.kernels.grams.gram_and_cross import JointKernel, gram_and_cross
+from ntk_lightning.kernels.grams.stored import stored_gram_and_cross
 from ntk_lightning.kernels.infinite.infinite_ntk import Backend, InfiniteNTK, Kind
 from ntk_lightning.modules.base import NTKModule
-from ntk_lightning.optim import OptimizerConfig, warn_above_critical
+from ntk_lightning.optim import OptimizerConfig
 from ntk_lightning.precision import own_precision
+from ntk_lightning.spectrum import warn_above_critical
 
 __all__ = ["InfiniteNTKReadout", "KernelReadout"]
 
 
 class FunctionalGradient(torch.autograd.Function):
-    """K[batch] @ a, whose backward is the functional gradient: the incoming gradient, scattered to the batch's rows.
+    """Outputs K[batch] a of a kernel model, with the functional (RKHS) gradient in place of the gradient in a.
 
-    The gradient of the loss with respect to a would be K[batch].T @ g. A gradient step in the weights of a model
-    f(x) = <phi(x), w> moves f by functions K(., x_b) with weights g_b, which is a step of g in the coefficients.
+    With g = dL/df(x_b) the gradient of a batch's loss in its outputs, (b, C): one SGD step of a linear model
+    f(x) = <phi(x), w> with kernel K(x, x') = <phi(x), phi(x')> changes f by -lr sum_b g_b K(., x_b). In f = K(., X) a
+    that is the step a_b <- a_b - lr g_b on the batch's coefficients, and none on the others. So the backward pass
+    returns g in the batch's rows and 0 elsewhere, where plain autograd would return K[batch]^T g.
     """
 
     @staticmethod
     def forward(ctx: Any, coefficients: Tensor, rows: Tensor, index: Tensor) -> Tensor:  # noqa: ANN401 - torch's context
-        """Multiply kernel rows (b, n) with coefficients (n, C)."""
+        """Multiply the kernel rows (b, n) of a batch with the coefficients (n, C) to outputs (b, C)."""
         ctx.save_for_backward(index)
         ctx.shape = coefficients.shape
         with own_precision(rows.device.type):
@@ -40,23 +44,23 @@ class FunctionalGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401 - torch's context
-        """Scatter (b, C) into zeros (n, C)."""
+        """Put the gradient in the outputs, (b, C), into the batch's rows of zeros (n, C)."""
         (index,) = ctx.saved_tensors
         return grad_outputs[0].new_zeros(ctx.shape).index_add_(0, index, grad_outputs[0]), None, None
 
 
 class KernelReadout(NTKModule):
-    """Kernel model f(x) = K(x, X) a on the training inputs X, with a = 0 at the start.
+    """Kernel model f(x) = K(x, X) a on the n training inputs X, with coefficients a (n, num_outputs) that start at 0.
 
-    Trained by the Trainer like a network: one SGD step equals, to rounding, the step that a linear model with this
-    kernel takes in weight space on the same batch. With ``EmpiricalNTK(net)`` it is the linearized network.
+    The Trainer trains it like a network. One SGD step equals, to rounding, the step in weights of a linear model with
+    this kernel on the same batch; with ``EmpiricalNTK(net)`` that model is the linearized network.
 
-    The training inputs come from the data module, whose batches carry their positions; the Gram of the training set is
-    computed when the fit starts. The training inputs and coefficients are part of the checkpoint.
+    The training inputs come from the data module, whose batches say which samples they hold. The Gram of the training
+    set is computed when the fit starts. The checkpoint holds training inputs and coefficients, not the Gram.
 
     Args:
         kernel: Maps inputs (n1, ...), (n2, ...) to their Gram (n1, n2); an ``nn.Module`` is moved and saved along.
-        optimizer: Shared by every arm of a comparison.
+        optimizer: Shared by all models of a comparison.
         num_outputs: Outputs of the model, which share the kernel.
 
     Example:
@@ -100,7 +104,7 @@ class KernelReadout(NTKModule):
             ValueError: The data module transforms its training images, which then are not in the kernel's span.
         """
         super().setup(stage)
-        self._cross.clear()  # rows of another run's sets
+        self._cross.clear()  # kernel rows of the sets of an earlier run
         if stage != "fit":
             return
         x = samples_of(self.trainer, "train").x.to(self.train_inputs)
@@ -111,32 +115,33 @@ class KernelReadout(NTKModule):
             self.train_inputs.copy_(x)
 
     def teardown(self, stage: str) -> None:
-        """Let go of the Grams, which are the run's."""
+        """Free the Grams, which belong to this run's data."""
         self._gram = None
         self._cross.clear()
 
     def on_fit_start(self) -> None:
-        """Compute the Gram of the training set, and the rows of the other sets where that is cheaper now than later."""
+        """Compute the Gram of the training set, and the kernel rows of the other sets where that is cheaper now."""
         splits = [split for split in ("test", "val") if has_set(self.trainer, split)]
         train, *others = (self._cast(samples_of(self.trainer, split).x.to(self.device)) for split in ("train", *splits))
         with torch.no_grad():
-            gram, *cross = self.grams(train, others)
+            gram, *cross = self.gram_and_cross(train, *others)
         self._gram = self._cast(gram)
         self._cross.update(zip(splits, map(self._cast, cross), strict=False))
 
-    def grams(self, train: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def gram_and_cross(self, train: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """Compute the Gram of the training set; an empirical kernel's rows of the others too, while it has gradients.
 
         Args:
             train: Training inputs (n, ...).
-            others: Inputs (m, ...) of the evaluation sets.
+            *others: Inputs (m, ...) of the evaluation sets.
 
         Returns:
             The Gram (n, n), and then the rows (m, n) of each set, or none.
         """
-        if isinstance(self.kernel, EmpiricalNTK):
-            return sharded_gram_and_cross(self.kernel, train, *others, progress=True)
-        return (sharded_gram(self.kernel, train, progress=True),)
+        if isinstance(self.kernel, JointKernel):
+            agree_on_kernel(self.kernel)
+            return distributed_gram_and_cross(gram_and_cross(self.kernel, progress=True))(train, *others)
+        return (distributed_gram(self.kernel, train, progress=True),)
 
     def on_train_start(self) -> None:
         """Warn where the learning rate is above the critical one of the Gram."""
@@ -144,7 +149,7 @@ class KernelReadout(NTKModule):
             warn_above_critical(self._gram, [self.optimizer_config], self.num_outputs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make room for the checkpoint's training set (see the base class)."""
+        """Allocate inputs and coefficients of the checkpoint's size, then as the base class."""
         super().on_load_checkpoint(checkpoint)
         inputs = checkpoint["state_dict"]["train_inputs"]
         self._allocate(inputs.shape)
@@ -167,7 +172,7 @@ class KernelReadout(NTKModule):
             return super().predict(batch, split)
         if split not in self._cross:
             others = samples_of(self.trainer, split).x.to(self.device)
-            self._cross[split] = self._cast(self._rows(partial(sharded_gram, self.kernel), others))
+            self._cross[split] = self._cast(self._rows(partial(distributed_cross, self.kernel), others))
         return self._combine(self._cross[split][batch.indices])
 
     def _rows(self, kernel: Callable[..., Tensor], x: Tensor) -> Tensor:
@@ -189,7 +194,7 @@ class InfiniteNTKReadout(KernelReadout):
 
     Args:
         net: Gives the architecture only; see :class:`~ntk_lightning.kernels.InfiniteNTK`.
-        optimizer: Shared by every arm of a comparison.
+        optimizer: Shared by all models of a comparison.
         num_outputs: Outputs of the model, which share the kernel.
         kind: "ntk", or "nngp" to train the readout only.
         backend: See :class:`~ntk_lightning.kernels.InfiniteNTK`.
@@ -213,14 +218,13 @@ class InfiniteNTKReadout(KernelReadout):
     ) -> None:
         kernel = InfiniteNTK(net, kind, backend)
         super().__init__(kernel, optimizer, num_outputs)
-        self._stored = None if store is None else infinite_grams(kernel, Path(store))
+        self._stored = None if store is None else stored_gram_and_cross(kernel, Path(store))
 
-    def grams(self, train: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def gram_and_cross(self, train: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """Compute the Gram of the training set; with a store, or from it, the rows of the others too."""
         if self._stored is None or not others:
-            return super().grams(train, others)
-        gram, cross = self._stored(train, torch.cat(list(others)))
-        return gram, *torch.split(cross, [len(x) for x in others])
+            return super().gram_and_cross(train, *others)
+        return self._stored(train, *others)
 
 
 def _has_transform(trainer: Trainer) -> bool:

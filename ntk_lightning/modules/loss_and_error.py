@@ -22,7 +22,7 @@ class LossAndError(Metric):
     """
 
     full_state_update = False
-    totals: Tensor
+    totals: Tensor  # (3,): sum of the losses, number of errors, number of samples
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,3 +48,14 @@ class LossAndError(Metric):
         """
         loss, errors, count = self.totals
         return {"loss": loss / count, "error": errors / count}
+
+    def load_share(self, totals: Tensor, rank: int, world_size: int) -> None:
+        """Restore sums that were saved, also by another number of processes.
+
+        Args:
+            totals: The ``totals`` of each saved process, stacked or as gathered from a single one.
+            rank: Number of this process.
+            world_size: Number of processes now.
+        """
+        rows = totals.reshape(-1, *self.totals.shape)  # one a saved process
+        self.totals = rows[rank::world_size].sum(0)  # each saved row is taken by one process

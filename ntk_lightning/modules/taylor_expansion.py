@@ -2,42 +2,77 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from contextlib import nullcontext
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
+from ntk_lightning.kernels.empirical.derivatives import (
+    ForwardModeWatch,
+    at_size_one,
+    differentiable_attention,
+    dot,
+    is_adjoint,
+)
+from ntk_lightning.kernels.empirical.inputs import Inputs
+from ntk_lightning.kernels.empirical.network_function import Output
+from ntk_lightning.kernels.empirical.network_state import Weights, preserved, usable
+from ntk_lightning.kernels.empirical.rows import AllocationMeter
+from ntk_lightning.precision import own_precision
+
 __all__ = ["taylor_expansion"]
 
-_Weights = dict[str, Tensor]
-_Derivatives = Callable[[_Weights], tuple[Tensor, ...]]  # w -> (f, f', ..., f^(j))
+_Function = Callable[[Weights], Tensor]  # w -> f
+_Derivatives = Callable[[Weights], tuple[Tensor, ...]]  # w -> (f, f', ..., f^(j))
+_Way = Literal["forward", "reverse", "gradients"]
+
+_log = logging.getLogger(__name__)
+_BY_GRADIENTS = "%s is linearized by the gradients of all outputs, one sample at a time. %s"
+_ways: WeakKeyDictionary[nn.Module, dict[Hashable, _Way]] = WeakKeyDictionary()  # what was found, for each network
 
 
 def taylor_expansion(
-    net: nn.Module, w0: _Weights, displacement: _Weights, x: Tensor, order: int = 1, include_f0: bool = False
+    net: nn.Module,
+    w0: Weights,
+    displacement: Weights,
+    x: Any,  # noqa: ANN401 - whatever the network takes
+    order: int = 1,
+    include_f0: bool = False,
+    output: Output = None,
 ) -> Tensor:
     """Expand a network around weights w0 up to an order k, along a displacement d.
 
-    g_k = sum_{j=1..k} (1/j!) D^j f(w0, x)[d, ..., d], by nested Jacobian-vector products; order 1 is the linearized
-    network of Lee et al. (2019, arXiv 1902.06720), higher orders are in Bai and Lee (2020, arXiv 1910.01619). Order k
-    costs about 2^k evaluations of the network. Ordinary backward differentiates the result with respect to d. Works
-    under :func:`torch.no_grad` and :func:`torch.inference_mode` too.
+    g_k = sum_{j=1..k} (1/j!) D^j f(w0, x)[d, ..., d]; order 1 is the linearized network of Lee et al. (2019, arXiv
+    1902.06720), higher orders are in Bai and Lee (2020, arXiv 1910.01619). The derivatives are those of reverse mode,
+    by which networks are trained. They are computed by nested Jacobian-vector products, which costs about 2^k
+    evaluations of the network; or, where forward mode would differ (``torch.no_grad()`` within the network) or has no
+    formula, by reverse mode applied twice for each order; or, at order 1 where that differs too (a backward that
+    cannot be differentiated), by the gradient of every output of every sample. Ordinary backward differentiates the
+    result with respect to d. Works under :func:`torch.no_grad` and :func:`torch.inference_mode` too. The network's
+    buffers do not change.
 
     Args:
-        net: Maps (n, ...) to (n,) or (n, C); gives the structure, the buffers and the weights that ``w0`` leaves out.
+        net: Maps (n, ...) to (n,) or (n, C), or to what ``output`` takes; gives the structure, the buffers and the
+            weights that ``w0`` leaves out.
         w0: Weights to expand around, by their names in ``net.named_parameters()``.
         displacement: The direction d = w - w0; names missing here are held at w0.
-        x: Inputs (n, ...).
+        x: Inputs (n, ...): a tensor, a tuple or list of arguments, or a mapping of keywords.
         order: The highest order k, at least 1.
         include_f0: Add f(w0, x), which makes it the Taylor polynomial of f itself.
+        output: The one output to expand, as (n, 1); a function of what the network returns; or None for all it returns.
 
     Returns:
-        The expansion, of the shape of ``net(x)``.
+        The expansion, of the shape of ``net(x)``, or of what ``output`` makes of it.
 
     Raises:
-        ValueError: The order is below 1, or a displacement has no weight of its name and shape.
+        ValueError: The order is below 1, a displacement has no weight of its name and shape, or the network cannot be
+            differentiated as often as that.
 
     Example:
         >>> cube = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
@@ -53,32 +88,204 @@ def taylor_expansion(
             raise ValueError(
                 f"displacement {name!r} of shape {tuple(direction.shape)} does not fit w0: use {expected}."
             )
-    with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
-        w0, displacement = _usable(w0), _usable(displacement)
-        x = x.clone() if x.is_inference() else x
-        moved = {name: w0[name] for name in displacement}
+    training = torch.is_grad_enabled()
+    inputs = Inputs.of(x)
+    with torch.inference_mode(False), torch.enable_grad(), differentiable_attention(), preserved(net):
+        inputs = inputs.with_leaves(map(usable, inputs.leaves))
+        fixed = {name: usable(weight) for name, weight in w0.items()}
+        along = {name: usable(d) if training else usable(d).detach() for name, d in displacement.items()}
+        moved = {name: fixed[name] for name in along}
 
-        def f(w: _Weights) -> tuple[Tensor, ...]:
-            return (functional_call(net, {**w0, **w}, (x,)),)
+        def outputs(inputs: Inputs) -> _Function:
+            def f(w: Weights) -> Tensor:
+                buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}  # which it may write into
+                return _selected(output, functional_call(net, {**buffers, **fixed, **w}, *inputs.arguments()))
 
-        derivatives: _Derivatives = f
-        for _ in range(order):
-            derivatives = _append_derivative(derivatives, displacement)
-        values = derivatives(moved)
+            return f
+
+        values = _forward_or_reverse(net, outputs, inputs, moved, along, order, output)
         terms = [value / math.factorial(j) for j, value in enumerate(values)]
-    return torch.stack(terms[0 if include_f0 else 1 :]).sum(0)
+        expansion = torch.stack(terms[0 if include_f0 else 1 :]).sum(0)
+    return expansion if training else expansion.detach()
 
 
-def _append_derivative(derivatives: _Derivatives, direction: _Weights) -> _Derivatives:
+def _forward_or_reverse(
+    net: nn.Module,
+    outputs: Callable[[Inputs], _Function],
+    inputs: Inputs,
+    w: Weights,
+    direction: Weights,
+    order: int,
+    output: Output,
+) -> tuple[Tensor, ...]:
+    """Derivatives (f, f', ..., f^(k)) along the direction: by forward mode, unless the network needs reverse mode."""
+    modes = tuple(module.training for module in net.modules())
+    shapes = tuple((leaf.dtype, leaf.shape[1:]) for leaf in inputs.leaves)
+    known, key = _ways.setdefault(net, {}), (order, output, modes, inputs.paths, shapes)
+    f = outputs(inputs)
+    if key not in known:
+        with own_precision(inputs.device.type):
+            known[key] = _try(net, outputs(inputs[:2]), w, order, inputs.device)
+    if known[key] == "forward":
+        with ForwardModeWatch() as watch:
+            values = _by_forward_mode(f, w, direction, order)
+        if watch.found is None:
+            return values
+        known[key] = "reverse"  # a branch of the network that the trial did not see
+    if known[key] == "reverse":
+        return _by_reverse_mode(f, w, direction, order)
+    return _by_gradients([outputs(sample) for sample in inputs.split(1)], w, direction)
+
+
+def _try(net: nn.Module, f: _Function, w: Weights, order: int, device: torch.device) -> _Way:
+    """Compare J d of two samples with J^T u of reverse mode, on random d and u and with the same random numbers."""
+    w = {name: weight.detach() for name, weight in w.items()}
+    refused: dict[str, str] = {}
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        direction = {name: torch.randn_like(weight) for name, weight in w.items()}
+        leaves = {name: weight.clone().requires_grad_() for name, weight in w.items()}
+    meter = AllocationMeter()
+    with torch.random.fork_rng(cuda), meter:
+        value = f(leaves)
+    rounded = meter.rounded(value.dtype)
+    if rounded and order == 1 and value.dtype == torch.float64:  # in float64 all digits are wanted
+        reasons = f"It computes in {', '.join(map(str, rounded))} within."
+        _log.info(_BY_GRADIENTS, type(net).__name__, reasons)
+        return "gradients"
+    u = torch.linspace(1, 2, value.numel()).to(value).reshape(value.shape)
+    found = torch.autograd.grad(value, list(leaves.values()), u, materialize_grads=True, allow_unused=True)
+    gradient = dict(zip(leaves, found, strict=True))
+    ways: dict[_Way, Callable[..., tuple[Tensor, ...]]] = {"forward": _by_forward_mode, "reverse": _by_reverse_mode}
+    for way, derivatives in ways.items():
+        watch = ForwardModeWatch()
+        try:
+            with torch.random.fork_rng(cuda), watch if way == "forward" else nullcontext():
+                product = derivatives(f, w, direction, 1)[1]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # an operation without this derivative, in whatever way it says so
+            refused[way] = f"{type(error).__name__}: {error}"
+            continue
+        if watch.found is None and is_adjoint(
+            direction, product.detach(), u, gradient, rounded[0] if rounded else None
+        ):
+            if refused:
+                _log.info("%s is expanded by reverse mode: %s", type(net).__name__, refused["forward"])
+            return way
+        refused[way] = f"it meets {watch.found}" if watch.found else "it is another derivative than backward"
+    reasons = f"Forward mode: {refused['forward']}. Reverse mode applied twice: {refused['reverse']}."
+    if order == 1:
+        _log.info(
+            "%s is linearized by the gradients of all outputs, one sample at a time. %s", type(net).__name__, reasons
+        )
+        return "gradients"
+    raise ValueError(
+        f"{type(net).__name__} cannot be expanded to order {order}. {reasons} Write the backward of its functions in "
+        "differentiable operations, or use order=1."
+    )
+
+
+def _by_forward_mode(f: _Function, w: Weights, direction: Weights, order: int) -> tuple[Tensor, ...]:
+    """Nested Jacobian-vector products."""
+    derivatives: _Derivatives = lambda w: (f(w),)  # noqa: E731 - it is replaced by functions of its kind
+    for _ in range(order):
+        derivatives = _append_derivative(derivatives, direction)
+    return derivatives(w)
+
+
+def _append_derivative(derivatives: _Derivatives, direction: Weights) -> _Derivatives:
     """Go one derivative along a fixed direction further."""
 
-    def extended(w: _Weights) -> tuple[Tensor, ...]:
+    def extended(w: Weights) -> tuple[Tensor, ...]:
         values, tangents = jvp(derivatives, (w,), (direction,))[:2]
         return (*values, tangents[-1])
 
     return extended
 
 
-def _usable(weights: _Weights) -> _Weights:
-    """Replace inference tensors, which autograd refuses, by copies."""
-    return {name: weight.clone() if weight.is_inference() else weight for name, weight in weights.items()}
+def _by_reverse_mode(f: _Function, w: Weights, direction: Weights, order: int) -> tuple[Tensor, ...]:
+    """Derivatives of phi(t) = f(w + t d) at t = 0: u^T phi' is linear in u, and its derivative in u is phi'."""
+    t = torch.zeros((), device=next(iter(w.values())).device, requires_grad=True)
+    values = [f({name: weight + t * direction[name] for name, weight in w.items()})]
+    for _ in range(order):
+        phi = values[-1]
+        u = torch.zeros_like(phi, requires_grad=True)
+        slope = torch.autograd.grad(phi, t, u, create_graph=True, allow_unused=True)[0] if phi.requires_grad else None
+        if slope is None or not slope.requires_grad:
+            values.append(torch.zeros_like(phi))
+        else:
+            values.append(torch.autograd.grad(slope, u, create_graph=True)[0])
+    return tuple(values)
+
+
+def _by_gradients(singles: list[_Function], w: Weights, direction: Weights) -> tuple[Tensor, ...]:
+    """Outputs f and f' = J d from the outputs of single samples, by first derivatives only."""
+    apply: Callable[..., Tensor] = _GradientProduct.apply
+    product = apply(singles, w, tuple(direction), *direction.values())
+    with torch.no_grad():
+        return torch.cat([f(w) for f in singles]), product
+
+
+class _GradientProduct(torch.autograd.Function):
+    """J d, one gradient for every output of every sample; its backward is J^T u, one for every sample."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - torch's
+        singles: list[_Function],
+        w: Weights,
+        names: tuple[str, ...],
+        *direction: Tensor,
+    ) -> Tensor:
+        """Multiply."""
+        ctx.singles, ctx.w, ctx.names = singles, {name: w[name].detach() for name in names}, names
+        products = []
+        for f in singles:
+            value, leaves = _GradientProduct.graph(f, ctx.w)
+            slopes = []
+            for u in torch.eye(value.numel(), dtype=value.dtype, device=value.device):
+                gradient = _GradientProduct.gradient(value, leaves, u.reshape(value.shape))
+                slopes.append(dot(gradient, dict(zip(names, direction, strict=True))))
+            products.append(torch.stack(slopes).to(value).reshape(value.shape))
+        return torch.cat(products)
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - torch's
+        """Multiply with the transpose."""
+        total = {name: torch.zeros_like(weight) for name, weight in ctx.w.items()}
+        for f, part in zip(ctx.singles, u.split(1), strict=True):
+            value, leaves = _GradientProduct.graph(f, ctx.w)
+            for name, gradient in _GradientProduct.gradient(value, leaves, part).items():
+                total[name] += gradient
+        return None, None, None, *total.values()
+
+    @staticmethod
+    def graph(f: _Function, w: Weights) -> tuple[Tensor, Weights]:
+        """The output of one sample and the weights that it can be differentiated in."""
+        leaves = {name: weight.clone().requires_grad_() for name, weight in w.items()}
+        with torch.enable_grad(), differentiable_attention():
+            return f(leaves), leaves
+
+    @staticmethod
+    def gradient(value: Tensor, leaves: Weights, u: Tensor) -> Weights:
+        """The gradient of u^T f."""
+        inputs = list(leaves.values())
+        unit, size = at_size_one(u)
+        found = torch.autograd.grad(value, inputs, unit, retain_graph=True, allow_unused=True, materialize_grads=True)
+        return {name: gradient * size for name, gradient in zip(leaves, found, strict=True)}
+
+
+def _selected(output: Output, returned: Any) -> Tensor:  # noqa: ANN401 - whatever the network returns
+    """What is expanded, out of what the network returns."""
+    out = output(returned) if callable(output) else returned
+    if not isinstance(out, Tensor):
+        raise ValueError(
+            f"What is expanded must be a tensor, got {type(out).__name__}: choose by output=..., such as "
+            "output=lambda out: out.logits[:, -1]."
+        )
+    if isinstance(output, int):
+        if not 0 <= output < out.shape[-1]:
+            raise ValueError(f"output must be one of the network's {out.shape[-1]}; got {output}.")
+        out = out[..., output : output + 1]
+    return out

@@ -9,25 +9,40 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from ntk_lightning.scaling.log_log import curvature_p_value, fit_law_with_offset, fit_line, local_exponents
+
 __all__ = ["ExponentDifference", "PowerLawFit", "compare_exponents", "fit_power_law"]
+
+_CURVED = 0.01  # p-value below which a curve is said not to be a power law
+_Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
 class PowerLawFit:
-    """A fitted scaling law L(n) = alpha n^(-beta).
+    """A fitted scaling law L(n) = alpha n^(-beta), or L(n) = alpha n^(-beta) + offset.
 
     Args:
-        alpha: Fitted error at n = 1.
+        alpha: Fitted error at n = 1, less the offset.
         beta: Exponent, positive for falling error.
         beta_interval: Confidence interval of beta.
-        r_squared: Share of the variance of log L, over sizes, that the line explains.
-        confidence: Confidence of the interval.
+        r_squared: Share of the variance of log L, over sizes, that the law explains.
+        confidence: Confidence of the intervals.
         standard_error: Standard error of beta.
-        degrees_of_freedom: Those of the t distribution behind the interval.
+        degrees_of_freedom: Those of the t distribution behind the intervals.
         n: Sizes that were fitted, (sizes,).
         mean_errors: Mean error over seeds at these sizes, (sizes,).
         resampled_betas: beta of every resample of the seeds, (resamples,); empty with one seed.
         seed: Seed of the resamples.
+        offset: The floor that the error falls to, at least 0; 0 where none was fitted.
+        offset_interval: Confidence interval of the floor; None where none was fitted.
+        curvature_p_value: Of the hypothesis that log L is a straight line in log n; NaN with 2 sizes, and with 3 of one
+            seed, which leave nothing to test.
+
+    Example:
+        >>> sizes = np.array([100, 200, 400, 800, 1600])
+        >>> fit = fit_power_law(sizes, 2 * sizes**-0.5 + 0.05, chance=None, offset=True)
+        >>> round(fit.beta, 4), round(fit.offset, 4), fit.local_exponents.round(2)
+        (0.5, 0.05, array([0.39, 0.35, 0.31, 0.27]))
     """
 
     alpha: float
@@ -37,21 +52,29 @@ class PowerLawFit:
     confidence: float
     standard_error: float
     degrees_of_freedom: int
-    n: NDArray[np.float64] = field(repr=False)
-    mean_errors: NDArray[np.float64] = field(repr=False)
-    resampled_betas: NDArray[np.float64] = field(repr=False)
+    n: _Array = field(repr=False)
+    mean_errors: _Array = field(repr=False)
+    resampled_betas: _Array = field(repr=False)
     seed: int = field(repr=False)
+    offset: float = 0.0
+    offset_interval: tuple[float, float] | None = None
+    curvature_p_value: float = float("nan")
 
-    def predict(self, n: ArrayLike) -> NDArray[np.float64]:
+    @property
+    def local_exponents(self) -> _Array:
+        """Exponents between neighbouring sizes, from the smallest up, -log(L' / L) / log(n' / n), (sizes - 1,)."""
+        return local_exponents(self.n, self.mean_errors)
+
+    def predict(self, n: ArrayLike) -> _Array:
         """Evaluate the law.
 
         Args:
             n: Training-set sizes, any shape.
 
         Returns:
-            alpha n^(-beta), in the same shape.
+            alpha n^(-beta) + offset, in the same shape.
         """
-        return self.alpha * np.asarray(n, dtype=np.float64) ** -self.beta
+        return self.alpha * np.asarray(n, dtype=np.float64) ** -self.beta + self.offset
 
 
 @dataclass(frozen=True)
@@ -73,6 +96,7 @@ def fit_power_law(
     n: ArrayLike,
     errors: ArrayLike,
     *,
+    offset: bool = False,
     confidence: float = 0.95,
     chance: float | None = 0.5,
     resamples: int = 2000,
@@ -86,11 +110,17 @@ def fit_power_law(
     for S < 10. It covers the noise of the seeds, not a law that is not a power law. With one seed, se and t come from
     the residuals of the line (sizes - 2 degrees of freedom), which takes every deviation from it for noise.
 
+    A curve that levels off at a floor is no power law, and its exponent depends on the sizes. A t test of the quadratic
+    term of log L in log n against the scatter of the seeds (with one seed, against the residuals) warns at a p-value
+    below 0.01, which a true power law draws in one of a hundred fits. ``offset`` fits L(n) = alpha n^(-beta) + c with
+    c >= 0 instead, by least squares of log L; se is then that of the law linearized at the fit (the delta method).
+
     Args:
-        n: Training-set sizes, (sizes,), at least 2 different ones.
+        n: Training-set sizes, (sizes,), at least 2 different ones, 3 with an offset.
         errors: Errors or losses, (seeds, sizes), or (sizes,) of one seed. A size where a seed has error 0 is left out,
             with a warning: its logarithm does not exist.
-        confidence: Confidence of the interval.
+        offset: Fit a floor c too.
+        confidence: Confidence of the intervals.
         chance: Error of guessing; a mean error within 5% of it or above it draws a warning. None for losses.
         resamples: Resamples of the seeds.
         seed: Seed of the resamples.
@@ -99,7 +129,7 @@ def fit_power_law(
         The fit.
 
     Raises:
-        ValueError: Shapes do not agree, a value is NaN or negative, or fewer than 2 sizes have positive errors.
+        ValueError: Shapes do not agree, a value is NaN or negative, or too few sizes have positive errors.
 
     Example:
         >>> sizes = [100, 200, 400, 800]
@@ -116,27 +146,35 @@ def fit_power_law(
         raise ValueError("errors must be finite and at least 0: leave out seeds whose runs failed.")
     if not 0 < confidence < 1 or resamples < 100:
         raise ValueError(f"confidence must be in (0, 1) and resamples at least 100, got {confidence}, {resamples}.")
-    sizes, table = _in_range(sizes, table, chance)
+    sizes, table = _in_range(sizes, table, chance, 3 if offset else 2)
 
-    seeds, means = len(table), table.mean(0)
-    centered = np.log(sizes) - np.log(sizes).mean()
-    weights = -centered / (centered @ centered)  # beta is linear in log L
-    log_errors = np.log(means)
-    beta = float(weights @ log_errors)
-    residuals = log_errors - log_errors.mean() + beta * centered
+    means = table.mean(0)
+    p_value = curvature_p_value(sizes, table)
+    if p_value < _CURVED and not offset:
+        _warn_of_curvature(sizes, means, p_value)
+    line = fit_line(sizes, means)
+    law = fit_law_with_offset(sizes, means) if offset else line
+    seeds, freedom, changes, resampled = len(table), len(sizes) - len(law.weights), None, np.empty(0)
     if seeds > 1:
+        freedom = seeds - 1
         picks = np.random.default_rng(seed).integers(seeds, size=(resamples, seeds))
-        resampled = np.log(table[picks].mean(1)) @ weights
-        freedom, error = seeds - 1, float(resampled.std() * (seeds / (seeds - 1)) ** 0.5)
-    else:
-        resampled, freedom = np.empty(0), len(sizes) - 2
-        error = float(np.sqrt(residuals @ residuals / freedom * (weights @ weights))) if freedom else np.inf
-    total = float(((log_errors - log_errors.mean()) ** 2).sum())
+        deviations = np.log(table[picks].mean(1)) - np.log(means)
+        resampled = law.beta + deviations @ law.weights[1]
+        changes = deviations * (seeds / freedom) ** 0.5
+    error = law.standard_error(1, changes)
+    interval, offset_interval, shown = _interval(law.beta, error, freedom, confidence), None, law
+    if offset:
+        low, high = _interval(law.offset, law.standard_error(2, changes), freedom, confidence)
+        offset_interval = max(low, 0.0), max(high, 0.0)
+    if law.offset < 0:  # c >= 0 binds: the fit is the line, and beta may lie in the interval of either
+        of_line = _interval(line.beta, line.standard_error(1, changes), freedom, confidence)
+        shown, interval = line, (min(interval[0], of_line[0]), max(interval[1], of_line[1]))
+    total = float(((np.log(means) - np.log(means).mean()) ** 2).sum())
     return PowerLawFit(
-        alpha=float(np.exp(log_errors.mean() + beta * np.log(sizes).mean())),
-        beta=beta,
-        beta_interval=_interval(beta, error, freedom, confidence),
-        r_squared=1 - float(residuals @ residuals) / total if total > 0 else float("nan"),
+        alpha=shown.alpha,
+        beta=shown.beta,
+        beta_interval=interval,
+        r_squared=1 - float(shown.residuals @ shown.residuals) / total if total > 0 else float("nan"),
         confidence=confidence,
         standard_error=error,
         degrees_of_freedom=freedom,
@@ -144,27 +182,30 @@ def fit_power_law(
         mean_errors=means,
         resampled_betas=resampled,
         seed=seed,
+        offset=shown.offset,
+        offset_interval=offset_interval,
+        curvature_p_value=p_value,
     )
 
 
 def compare_exponents(a: PowerLawFit, b: PowerLawFit, *, paired: bool = False) -> ExponentDifference:
-    """Test whether two arms have the same exponent.
+    """Test whether two models have the same exponent.
 
     t = (beta_a - beta_b) / se. Unpaired: se^2 = se_a^2 + se_b^2 with the degrees of freedom of Welch (1947), whose
-    level holds for three or more seeds an arm; with two in one arm and many in the other it rejects up to twice as
-    often as it should. Paired, for arms whose seeds used the same training subsets: se is that of the difference over
-    the same resamples of the seeds, which is smaller where the arms share their noise.
+    level holds for three or more seeds a model; with two of one and many of the other it rejects up to twice as
+    often as it should. Paired, for models whose seeds used the same training subsets: se is that of the difference over
+    the same resamples of the seeds, which is smaller where the models share their noise.
 
     Args:
-        a: Fit of one arm.
+        a: Fit of one model.
         b: Fit of the other; its confidence must be the same.
-        paired: The s-th seed of both arms shares data; needs equal numbers of seeds, resamples and equal ``seed``.
+        paired: The s-th seed of both models shares data; needs equal numbers of seeds, resamples and equal ``seed``.
 
     Returns:
         The difference, its interval and the p-value.
 
     Raises:
-        ValueError: The confidences differ, or a paired comparison lacks matching seeds.
+        ValueError: The confidences differ, one fit alone has an offset, or a paired comparison lacks matching seeds.
 
     Example:
         >>> sizes = [100, 200, 400, 800]
@@ -173,7 +214,9 @@ def compare_exponents(a: PowerLawFit, b: PowerLawFit, *, paired: bool = False) -
         0.3
     """
     if a.confidence != b.confidence:
-        raise ValueError(f"Fit both arms at the same confidence, got {a.confidence} and {b.confidence}.")
+        raise ValueError(f"Fit both at the same confidence, got {a.confidence} and {b.confidence}.")
+    if (a.offset_interval is None) != (b.offset_interval is None):
+        raise ValueError("Fit both with an offset or both without: their exponents mean different things.")
     difference, freedom = a.beta - b.beta, float(a.degrees_of_freedom)
     if paired:
         matches = (a.degrees_of_freedom, a.seed, len(a.resampled_betas)) == (
@@ -182,7 +225,7 @@ def compare_exponents(a: PowerLawFit, b: PowerLawFit, *, paired: bool = False) -
             len(b.resampled_betas),
         )
         if not matches or not len(a.resampled_betas):
-            raise ValueError("A paired comparison needs two or more seeds, the same in both arms, and equal resamples.")
+            raise ValueError("A paired comparison needs two or more seeds, the same of both, and equal resamples.")
         error = float((a.resampled_betas - b.resampled_betas).std() * ((freedom + 1) / freedom) ** 0.5)
     else:
         error = float(np.hypot(a.standard_error, b.standard_error))
@@ -195,15 +238,26 @@ def compare_exponents(a: PowerLawFit, b: PowerLawFit, *, paired: bool = False) -
     return ExponentDifference(difference, _interval(difference, error, freedom, a.confidence), p_value)
 
 
-def _in_range(
-    sizes: NDArray[np.float64], table: NDArray[np.float64], chance: float | None
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _warn_of_curvature(sizes: _Array, means: _Array, p_value: float) -> None:
+    """Say that the errors are curved in log-log, which way, and what to do."""
+    local = local_exponents(sizes, means)
+    levels_off = local[-1] < local[0]
+    advice = "fit a floor too, by offset=True, or" if levels_off else "fit"
+    warnings.warn(
+        f"The errors are not a power law: in log-log they are curved beyond their scatter (p = {p_value:.1g}), and "
+        f"the exponent between neighbouring sizes goes from {local[0]:.2g} to {local[-1]:.2g}. The fitted exponent "
+        f"depends on the sizes: {advice} only the sizes where the line is straight.",
+        stacklevel=3,
+    )
+
+
+def _in_range(sizes: _Array, table: _Array, chance: float | None, least: int) -> tuple[_Array, _Array]:
     """Leave out sizes with errors of 0, and warn about what makes a fit weak."""
     positive = (table > 0).all(0)
-    if positive.sum() < 2:
+    if positive.sum() < least:
         raise ValueError(
-            f"Only {positive.sum()} of {len(sizes)} sizes have a positive error for every seed, and a line needs 2: "
-            "use a larger test set, smaller training sets, or the test loss."
+            f"Only {positive.sum()} of {len(sizes)} sizes have a positive error for every seed, and a law needs "
+            f"{least}: use a larger test set, smaller training sets, or the test loss."
         )
     if not positive.all():
         warnings.warn(
@@ -212,8 +266,10 @@ def _in_range(
             stacklevel=3,
         )
     sizes, table = sizes[positive], table[:, positive]
-    if len(sizes) < 4:
-        warnings.warn(f"A power law fitted to {len(sizes)} sizes is weak evidence: use at least 4.", stacklevel=3)
+    if len(sizes) < least + 2:
+        warnings.warn(
+            f"A power law fitted to {len(sizes)} sizes is weak evidence: use at least {least + 2}.", stacklevel=3
+        )
     guessing = table.mean(0) >= 0.95 * chance if chance is not None else np.zeros(len(sizes), dtype=bool)
     if guessing.any():
         warnings.warn(

@@ -1,15 +1,20 @@
-"""Full-batch gradient descent and gradient flow on a kernel model, at any steps at once, in the kernel's eigenbasis."""
+"""Full-batch gradient descent and gradient flow on a kernel model, at any steps at once, in the kernel's eigenbasis.
+
+For users: no run of the package calls them, since its comparisons take the network's own mini-batches.
+"""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from ntk_lightning.optim import OptimizerConfig
-from ntk_lightning.solvers.kernel_fit import KernelFit, check_arguments, check_problem, error_and_loss
+from ntk_lightning.solvers.checks import Problem, check_optimizers, check_problem
+from ntk_lightning.solvers.kernel_fit import Curve, KernelFit, error_and_loss
+from ntk_lightning.spectrum import warn_above_critical
+from ntk_lightning.whole_number import is_whole
 
 __all__ = ["gradient_descent", "gradient_flow"]
 
@@ -20,10 +25,8 @@ def gradient_descent(
     optimizer: OptimizerConfig,
     steps: Sequence[int] | None = None,
     *,
-    test_kernel: Tensor | None = None,
-    test_targets: Tensor | None = None,
-    val_kernel: Tensor | None = None,
-    val_targets: Tensor | None = None,
+    test: tuple[Tensor, Tensor] | None = None,
+    val: tuple[Tensor, Tensor] | None = None,
     eigensystem: tuple[Tensor, Tensor] | None = None,
 ) -> KernelFit:
     """Find what full-batch gradient descent with momentum reaches after given numbers of steps, without taking them.
@@ -36,14 +39,12 @@ def gradient_descent(
 
     Args:
         kernel: Gram of the training set, (n, n).
-        targets: Labels (n,) in {-1, +1}, or (n, C) real or one-hot.
+        targets: Labels (n,) in {-1, +1}, real numbers (n,), or (n, C) real or one-hot.
         optimizer: Learning rate, momentum and number of steps (an epoch is one step); its batch size does not matter.
         steps: Numbers of steps to evaluate, at least 0; by default about 100, logarithmically spaced to the
             optimizer's last.
-        test_kernel: Kernel between test and training points, (m, n).
-        test_targets: Test labels, (m,) or (m, C).
-        val_kernel: Kernel between validation and training points, (k, n).
-        val_targets: Validation labels, (k,) or (k, C).
+        test: Kernel between test and training points (m, n), and test targets (m,) or (m, C).
+        val: The same of a validation set.
         eigensystem: ``torch.linalg.eigh(kernel.double())`` where it is known, to reuse over many fits.
 
     Returns:
@@ -58,28 +59,22 @@ def gradient_descent(
         >>> gradient_descent(torch.eye(2), torch.tensor([1.0, -1.0]), config, steps=[1, 2]).coefficients
         tensor([ 0.7500, -0.7500], dtype=torch.float64)
     """
-    check_arguments(targets, optimizer)
+    check_optimizers(optimizer)
     total = optimizer.steps if optimizer.steps is not None else optimizer.epochs
     if steps is None:
         steps = [round(total ** (i / 99)) for i in range(100)]
     if not isinstance(steps, Iterable):
         raise TypeError(f"steps must be a list of step counts, got {steps!r}: write [{steps!r}].")
-    counts = torch.tensor(sorted(set(steps)))
-    if not len(counts) or counts.is_floating_point() or counts[0] < 0:
-        raise ValueError(f"steps must be integers of at least 0, got {steps}.")
-    sets = {"test": (test_kernel, test_targets), "val": (val_kernel, val_targets)}
-    given = check_problem(kernel, targets[None], sets, lambda labels: labels[None])
+    asked = steps.tolist() if isinstance(steps, Tensor) else list(steps)
+    if not asked or not all(map(is_whole, asked)) or min(asked) < 0:
+        raise ValueError(f"steps must be whole numbers of at least 0, got {steps}.")
+    counts = torch.tensor(sorted({int(step) for step in asked}))
+    problem = check_problem(kernel, targets, test, val).with_train()
     values, vectors = _eigensystem(kernel, eigensystem)
+    warn_above_critical(kernel, [optimizer], targets[0].numel(), largest=float(values.max()), stacklevel=3)
     scale = 2 * optimizer.lr / targets.numel()
-    ratio = float(scale * values.max()) / (2 * (1 + optimizer.momentum))
-    if ratio > 1:
-        warnings.warn(
-            f"lr={optimizer.lr:g} is {ratio:.3g} times the critical learning rate {optimizer.lr / ratio:.3g} of this "
-            f"kernel ({len(kernel)} samples, momentum {optimizer.momentum:g}): the fit diverges.",
-            stacklevel=2,
-        )
     progress = _momentum_progress(scale * values, optimizer.momentum, counts)
-    return _fit(kernel, targets, given, vectors, scale * progress, counts)
+    return _fit(problem, vectors, scale * progress, counts)
 
 
 def gradient_flow(
@@ -87,10 +82,8 @@ def gradient_flow(
     targets: Tensor,
     times: Sequence[float],
     *,
-    test_kernel: Tensor | None = None,
-    test_targets: Tensor | None = None,
-    val_kernel: Tensor | None = None,
-    val_targets: Tensor | None = None,
+    test: tuple[Tensor, Tensor] | None = None,
+    val: tuple[Tensor, Tensor] | None = None,
     eigensystem: tuple[Tensor, Tensor] | None = None,
 ) -> KernelFit:
     """Follow gradient flow, the limit of small learning rates at time t = lr * steps, without momentum.
@@ -100,12 +93,10 @@ def gradient_flow(
 
     Args:
         kernel: Gram of the training set, (n, n).
-        targets: Labels (n,) in {-1, +1}, or (n, C) real or one-hot.
+        targets: Labels (n,) in {-1, +1}, real numbers (n,), or (n, C) real or one-hot.
         times: Times to evaluate, at least 0.
-        test_kernel: Kernel between test and training points, (m, n).
-        test_targets: Test labels, (m,) or (m, C).
-        val_kernel: Kernel between validation and training points, (k, n).
-        val_targets: Validation labels, (k,) or (k, C).
+        test: Kernel between test and training points (m, n), and test targets (m,) or (m, C).
+        val: The same of a validation set.
         eigensystem: ``torch.linalg.eigh(kernel.double())`` where it is known, to reuse over many fits.
 
     Returns:
@@ -119,23 +110,23 @@ def gradient_flow(
         >>> gradient_flow(2 * torch.eye(2), torch.tensor([1.0, -1.0]), [1e3]).coefficients
         tensor([ 0.5000, -0.5000], dtype=torch.float64)
     """
-    check_arguments(targets)
     if not isinstance(times, Iterable):
         raise TypeError(f"times must be a list of times, got {times!r}: write [{times!r}].")
     moments = torch.tensor(sorted(set(times)), dtype=torch.float64)
     if not len(moments) or not torch.isfinite(moments).all() or moments[0] < 0:
         raise ValueError(f"times must be finite and at least 0, got {times}.")
-    sets = {"test": (test_kernel, test_targets), "val": (val_kernel, val_targets)}
-    given = check_problem(kernel, targets[None], sets, lambda labels: labels[None])
+    problem = check_problem(kernel, targets, test, val).with_train()
     values, vectors = _eigensystem(kernel, eigensystem)
     rates = 2 * values / targets.numel()
     elapsed = moments.to(values)
+    # (1 - exp(-rate t)) / rate, which is t where the rate is 0
     safe = torch.where(rates == 0, 1.0, rates)[:, None]
     progress = torch.where(rates[:, None] == 0, elapsed, -torch.expm1(-safe * elapsed) / safe)
-    return _fit(kernel, targets, given, vectors, 2 / targets.numel() * progress, moments)
+    return _fit(problem, vectors, 2 / targets.numel() * progress, moments)
 
 
 def _eigensystem(kernel: Tensor, known: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (n,) and eigenvectors (n, n) in float64, computed unless they are known."""
     values, vectors = torch.linalg.eigh(kernel.detach().double()) if known is None else known
     if values.shape != kernel.shape[:1] or vectors.shape != kernel.shape:
         raise ValueError(
@@ -147,11 +138,13 @@ def _eigensystem(kernel: Tensor, known: tuple[Tensor, Tensor] | None) -> tuple[T
 
 def _momentum_progress(s: Tensor, momentum: float, counts: Tensor) -> Tensor:
     """phi_t(s) of every eigenvalue and number of steps, (n, k)."""
+    # One step is (phi, w, 1) <- A (phi, w, 1) with a 3 by 3 matrix A for each s; A^t is the product of the squarings
+    # A, A^2, A^4, ... that the binary digits of t ask for
     one, mu = torch.ones_like(s), torch.full_like(s, momentum)
     zero = torch.zeros_like(s)
-    rows = ((one - s, mu, one), (-s, mu, one), (zero, zero, one))  # (phi, w, 1) <- power @ (phi, w, 1)
-    power = torch.stack([torch.stack(row, -1) for row in rows], -2)
-    state = torch.stack((zero, zero, one), -1)[..., None].repeat(1, 1, len(counts))
+    rows = ((one - s, mu, one), (-s, mu, one), (zero, zero, one))
+    power = torch.stack([torch.stack(row, -1) for row in rows], -2)  # A, (n, 3, 3)
+    state = torch.stack((zero, zero, one), -1)[..., None].repeat(1, 1, len(counts))  # (n, 3, k)
     bits = counts.to(s.device)
     while bits.any():
         state = torch.where(bits % 2 == 1, power @ state, state)
@@ -159,23 +152,16 @@ def _momentum_progress(s: Tensor, momentum: float, counts: Tensor) -> Tensor:
     return state[:, 0]
 
 
-def _fit(
-    kernel: Tensor,
-    targets: Tensor,
-    sets: dict[str, tuple[Tensor, Tensor]],
-    vectors: Tensor,
-    filters: Tensor,
-    steps: Tensor,
-) -> KernelFit:
-    """Evaluate a_t = sum_i q_i <q_i, y> filter_i(t), with the filters (n, k), on all sets."""
-    n, outputs = len(kernel), targets.numel() // len(kernel)
-    labels = targets.detach().to(vectors).reshape(n, outputs)
-    coefficients = (vectors @ (filters[:, :, None] * (vectors.T @ labels)[:, None]).flatten(1)).view(n, -1, outputs)
-    curves: dict[str, Tensor] = {}
-    for name, (rows, truth) in {**sets, "train": (kernel.detach(), targets)}.items():
+def _fit(problem: Problem, vectors: Tensor, filters: Tensor, steps: Tensor) -> KernelFit:
+    """Evaluate a_t = sum_i q_i <q_i, y> filter_i(t), with q_i the columns of vectors and the filters (n, k)."""
+    (labels,), (classes,) = problem.targets, problem.classes
+    n, outputs = labels.shape
+    projections = (vectors.T @ labels)[:, None]  # <q_i, y>, (n, 1, C)
+    coefficients = (vectors @ (filters[:, :, None] * projections).flatten(1)).view(n, -1, outputs)  # (n, k, C)
+    curves = {}
+    for name, (rows, (truth,)) in problem.sets.items():
         predictions = (rows.to(vectors) @ coefficients.flatten(1)).view(len(rows), -1, outputs)
-        expected = truth.detach().to(vectors).reshape(len(rows), 1, outputs)
-        errors, losses = error_and_loss(predictions.transpose(0, 1), expected.transpose(0, 1))
-        curves |= {f"{name}_errors": errors.cpu(), f"{name}_losses": losses.cpu()}
+        errors, losses = error_and_loss(predictions.transpose(0, 1), truth[None])
+        curves[name] = Curve(errors.cpu() if classes else None, losses.cpu())
     diverged = not bool(torch.isfinite(coefficients).all())
-    return KernelFit(coefficients[:, -1].reshape(targets.shape).clone(), steps, diverged=diverged, **curves)
+    return KernelFit(coefficients[:, -1].reshape(problem.shape).clone(), steps, curves, diverged)

@@ -1,20 +1,24 @@
-"""Mini-batch SGD with momentum on a kernel model, step for step what the linearized network does."""
+"""Mini-batch SGD with momentum on a kernel model, step for step what the linearized network does.
+
+The package's runs and studies call `kernel_sgd`; `kernel_sgd_grid` is for users who sweep rates, seeds and sizes.
+"""
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from ntk_lightning.optim import OptimizerConfig, warn_above_critical
+from ntk_lightning.optim import OptimizerConfig
 from ntk_lightning.progress import progress_bar
-from ntk_lightning.solvers.kernel_fit import KernelFit, check_arguments, check_problem, error_and_loss
+from ntk_lightning.solvers.checks import Problem, check_optimizers, check_problem
+from ntk_lightning.solvers.kernel_fit import Curve, KernelFit, error_and_loss
+from ntk_lightning.spectrum import warn_above_critical
+from ntk_lightning.whole_number import is_whole
 
 __all__ = ["kernel_sgd", "kernel_sgd_grid"]
 
@@ -26,10 +30,8 @@ def kernel_sgd(
     targets: Tensor,
     optimizer: OptimizerConfig,
     *,
-    test_kernel: Tensor | None = None,
-    test_targets: Tensor | None = None,
-    val_kernel: Tensor | None = None,
-    val_targets: Tensor | None = None,
+    test: tuple[Tensor, Tensor] | None = None,
+    val: tuple[Tensor, Tensor] | None = None,
     eval_every: int | Sequence[int] | None = None,
     evaluate_train: bool = False,
     initial_coefficients: Tensor | None = None,
@@ -45,12 +47,10 @@ def kernel_sgd(
     Args:
         kernel: Gram of the training set, (n, n). Its dtype is the precision of the products; coefficients and momentum
             are float64.
-        targets: Labels (n,) in {-1, +1}, or (n, C) real or one-hot.
+        targets: Labels (n,) in {-1, +1}, real numbers (n,), or (n, C) real or one-hot.
         optimizer: Learning rate, momentum, and the batches of every step.
-        test_kernel: Kernel between test and training points, (m, n).
-        test_targets: Test labels, (m,) or (m, C).
-        val_kernel: Kernel between validation and training points, (k, n).
-        val_targets: Validation labels, (k,) or (k, C).
+        test: Kernel between test and training points (m, n), and test targets (m,) or (m, C).
+        val: The same of a validation set.
         eval_every: Evaluate every so many steps and after the last, or after exactly these step counts (0 is before the
             first step). By default at the end of every epoch.
         evaluate_train: Evaluate the training set too, which reads the Gram once more each time.
@@ -69,18 +69,20 @@ def kernel_sgd(
         >>> fit.coefficients
         tensor([ 0.5000, -0.5000], dtype=torch.float64)
     """
-    check_arguments(targets, optimizer)
-    if initial_coefficients is not None and initial_coefficients.shape != targets.shape:
-        raise ValueError(
-            f"initial_coefficients must have the shape of targets, {tuple(targets.shape)}, got "
-            f"{tuple(initial_coefficients.shape)}."
-        )
-    sets = {"test": (test_kernel, test_targets), "val": (val_kernel, val_targets)}
-    given = check_problem(kernel, targets[None], sets, lambda labels: labels[None])
-    steps = _evaluation_steps(eval_every, optimizer, len(kernel))
-    with progress_bar("kernel SGD", optimizer.total_steps(len(kernel)), "steps", enabled=progress) as report:
-        start = None if initial_coefficients is None else initial_coefficients[None]
-        return _fit_together(kernel, targets[None], given, [optimizer], steps, evaluate_train, report, start)[0]
+    check_optimizers(optimizer)
+    problem = check_problem(kernel, targets, test, val)
+    initial = None
+    if initial_coefficients is not None:
+        if initial_coefficients.shape != targets.shape:
+            raise ValueError(
+                f"initial_coefficients must have the shape of targets, {tuple(targets.shape)}, got "
+                f"{tuple(initial_coefficients.shape)}."
+            )
+        initial = initial_coefficients.detach().to(problem.targets).reshape(problem.targets.shape)
+    steps, total = _evaluation_steps(eval_every, optimizer, len(kernel)), optimizer.total_steps(len(kernel))
+    problem = problem.with_train() if evaluate_train else problem
+    with progress_bar("kernel SGD", total, "steps", enabled=progress) as report:
+        return _fit_together(problem, [optimizer], steps, report, initial)[0]
 
 
 def kernel_sgd_grid(
@@ -89,10 +91,8 @@ def kernel_sgd_grid(
     optimizers: Sequence[OptimizerConfig],
     *,
     sizes: Sequence[int] | None = None,
-    test_kernel: Tensor | None = None,
-    test_targets: Tensor | None = None,
-    val_kernel: Tensor | None = None,
-    val_targets: Tensor | None = None,
+    test: tuple[Tensor, Tensor] | None = None,
+    val: tuple[Tensor, Tensor] | None = None,
     eval_every: int | Sequence[int] | None = None,
     evaluate_train: bool = False,
     progress: bool = False,
@@ -108,10 +108,8 @@ def kernel_sgd_grid(
         targets: Label vectors (n,), (r, n) or (r, n, C), as in `kernel_sgd`.
         optimizers: Learning rates, momenta, batch sizes, seeds, ...
         sizes: Nested training sets: the first ``size`` samples of the Gram. Only n by default.
-        test_kernel: Kernel between test and training points, (m, n).
-        test_targets: Test labels (m,), (r, m) or (r, m, C).
-        val_kernel: Kernel between validation and training points, (k, n).
-        val_targets: Validation labels (k,), (r, k) or (r, k, C).
+        test: Kernel between test and training points (m, n), and test targets (m,), (r, m) or (r, m, C).
+        val: The same of a validation set.
         eval_every: As in `kernel_sgd`.
         evaluate_train: As in `kernel_sgd`.
         progress: Show a progress bar.
@@ -129,15 +127,14 @@ def kernel_sgd_grid(
         >>> fits[2, rates[0], 0].coefficients
         tensor([ 0.2500, -0.2500], dtype=torch.float64)
     """
-    check_arguments(targets, *optimizers)
-    targets = torch.atleast_2d(targets)
-    sets = {"test": (test_kernel, test_targets), "val": (val_kernel, val_targets)}
-    given = check_problem(kernel, targets, sets, torch.atleast_2d)
+    check_optimizers(*optimizers)
+    problem = check_problem(kernel, targets, test, val, several=True)
     sizes = [len(kernel)] if sizes is None else sizes
-    if not all(map(_is_whole, sizes)):
+    if not all(map(is_whole, sizes)):
         raise TypeError(f"sizes must be whole numbers, got {sizes}.")
     if not optimizers or not sizes or not all(1 <= size <= len(kernel) for size in sizes):
         raise ValueError(f"Give at least one optimizer and sizes between 1 and {len(kernel)}, got {sizes=}.")
+    # Fits that differ in rate and momentum alone see the same batches: one group each
     groups: dict[tuple[int, OptimizerConfig], list[OptimizerConfig]] = {}
     for size in dict.fromkeys(sizes):
         for optimizer in dict.fromkeys(optimizers):
@@ -147,51 +144,49 @@ def kernel_sgd_grid(
     total = sum(order.total_steps(size) for size, order in groups)
     with progress_bar("kernel SGD", total, "steps", enabled=progress) as report:
         for (size, order), members in groups.items():
-            nested = kernel[:size, :size], targets[:, :size], {name: (k[:, :size], y) for name, (k, y) in given.items()}
-            results = _fit_together(*nested, members, steps[size, order], evaluate_train, report)
-            keys = [(size, optimizer, label) for optimizer in members for label in range(len(targets))]
+            nested = problem.first(size).with_train() if evaluate_train else problem.first(size)
+            results = _fit_together(nested, members, steps[size, order], report)
+            keys = [(size, optimizer, label) for optimizer in members for label in range(len(problem.targets))]
             fits.update(zip(keys, results, strict=True))
     return fits
 
 
 def _fit_together(
-    kernel: Tensor,
-    targets: Tensor,
-    sets: Mapping[str, tuple[Tensor, Tensor]],
+    problem: Problem,
     optimizers: Sequence[OptimizerConfig],
     steps: Sequence[int],
-    evaluate_train: bool,
     report: Callable[[float], None],
     initial: Tensor | None = None,
 ) -> list[KernelFit]:
-    """Fit every pair of an optimizer and a label vector on one order of batches; every output is a row of the state."""
+    """Fit every pair of an optimizer and a label vector; the optimizers differ in rate and momentum alone."""
+    # A row of the state is one output of one pair: with p pairs (optimizers by r label vectors) and C outputs, a and v
+    # are (p C, n), so that one pass over a row of the Gram serves all of them
     from ntk_lightning.solvers.sgd_steps import (  # here: numba takes a second that only fits need to spend
         advance,
         product,
     )
 
-    order, n, shape = optimizers[0], len(kernel), targets.shape[2:]
-    outputs, kernel = math.prod(shape), kernel.detach()
-    sets = {**sets, "train": (kernel, targets)} if evaluate_train else sets
+    assert problem.kernel is not None, "kernel SGD takes a Gram"
+    kernel, order = problem.kernel, optimizers[0]
+    _, n, outputs = problem.targets.shape
     warn_above_critical(kernel, optimizers, outputs, stacklevel=4)
 
-    def rows(labels: Tensor) -> Tensor:
-        """(r, m) or (r, m, C) to (pairs, C, m)."""
-        labels = labels.detach().to(kernel.device, torch.float64).reshape(*labels.shape[:2], outputs)
-        return labels.mT.repeat(len(optimizers), 1, 1)
+    def models(vectors: Tensor) -> Tensor:
+        """(r, m, C) to (p, C, m)."""
+        return vectors.mT.repeat(len(optimizers), 1, 1)
 
-    pairs = [optimizer for optimizer in optimizers for _ in targets]
-    rates = torch.tensor([(o.lr, o.momentum) for o in pairs], dtype=torch.float64, device=kernel.device)
-    rates = rates.repeat_interleave(outputs, 0)
-    labels = rows(targets).flatten(0, 1)
-    coefficients = torch.zeros_like(labels) if initial is None else rows(initial).flatten(0, 1)
+    pairs = [(optimizer, classes) for optimizer in optimizers for classes in problem.classes]
+    rates = torch.tensor([(o.lr, o.momentum) for o, _ in pairs], dtype=torch.float64, device=kernel.device)
+    rates = rates.repeat_interleave(outputs, 0)  # (p C, 2)
+    labels = models(problem.targets).flatten(0, 1)
+    coefficients = torch.zeros_like(labels) if initial is None else models(initial).flatten(0, 1)
     velocity = torch.zeros_like(labels)
-    truths = {name: rows(y) for name, (_, y) in sets.items()}
-    curves: dict[str, Tensor] = {name: torch.ones(2, len(pairs), len(steps), dtype=torch.float64) for name in sets}
-    for curve in curves.values():
-        curve[1] = torch.inf
+    truths = {name: models(targets) for name, (_, targets) in problem.sets.items()}
+    # What stands here where a run ends early, since it diverged
+    errors = {name: torch.ones(len(pairs), len(steps), dtype=torch.float64) for name in truths}
+    losses = {name: torch.full_like(curve, torch.inf) for name, curve in errors.items()}
 
-    batches, done, total = order.schedule(n), 0, order.total_steps(n)
+    batches, done, total = order.run_batches(n), 0, order.total_steps(n)
     position = {step: i for i, step in enumerate(steps)}
     finite = torch.ones(len(pairs), dtype=torch.bool)
     for stop in sorted({*steps, total}):
@@ -203,38 +198,37 @@ def _fit_together(
         finite = torch.isfinite(coefficients).view(len(pairs), -1).all(1)
         if not finite.any():
             break
-        for name in sets if stop in position else ():
-            predictions = product(sets[name][0].detach(), coefficients).double().view_as(truths[name])
-            curves[name][..., position[stop]] = torch.stack(error_and_loss(predictions.mT, truths[name].mT)).cpu()
+        for name, (rows, _) in problem.sets.items() if stop in position else ():
+            predictions = product(rows, coefficients).double().view_as(truths[name])  # (p, C, m)
+            error, loss = error_and_loss(predictions.mT, truths[name].mT)
+            errors[name][:, position[stop]], losses[name][:, position[stop]] = error.cpu(), loss.cpu()
     if not finite.all():
         warnings.warn(
             f"{int((~finite).sum())} of {len(pairs)} kernel fits of {n} samples diverged (by step {done} of {total}); "
             "errors from there on are 1: lower the learning rate.",
             stacklevel=3,
         )
-    final = coefficients.view(len(pairs), outputs, n).mT
+    final = coefficients.view(len(pairs), outputs, n).mT  # (p, n, C)
     return [
         KernelFit(
-            coefficients=final[pair].reshape(n, *shape).clone(),
+            coefficients=final[i].reshape(problem.shape).clone(),
             steps=torch.tensor(steps),
-            diverged=not bool(finite[pair]),
-            **{f"{name}_errors": curve[0, pair].clone() for name, curve in curves.items()},
-            **{f"{name}_losses": curve[1, pair].clone() for name, curve in curves.items()},
+            curves={
+                name: Curve(errors[name][i].clone() if classes else None, losses[name][i].clone()) for name in truths
+            },
+            diverged=not bool(finite[i]),
         )
-        for pair in range(len(pairs))
+        for i, (_, classes) in enumerate(pairs)
     ]
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 def _evaluation_steps(eval_every: int | Sequence[int] | None, order: OptimizerConfig, n: int) -> list[int]:
+    """Step counts at which a run is evaluated, increasing."""
     total = order.total_steps(n)
     if eval_every is None:
         eval_every = order.steps_per_epoch(n)
     counts = list(eval_every) if isinstance(eval_every, Iterable) else [eval_every]
-    if not all(map(_is_whole, counts)):
+    if not all(map(is_whole, counts)):
         raise TypeError(f"eval_every must be a whole number of steps, or a list of such numbers; got {eval_every!r}.")
     if not isinstance(eval_every, Iterable):
         if eval_every < 1:

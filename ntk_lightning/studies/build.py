@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from torch import nn
 
-from ntk_lightning.callbacks.scheduled import schedule
+from ntk_lightning.callbacks.scheduled import steps_to_measure
 from ntk_lightning.datamodules.base import ImageDataModule
-from ntk_lightning.studies.config import Cell, StudyConfig
+from ntk_lightning.studies.cell_config import Cell
+from ntk_lightning.studies.config import StudyConfig
 from ntk_lightning.studies.schema import AFTER, DURING, FRESH
 
 __all__ = ["build", "check_study", "set_up_data"]
@@ -72,11 +76,17 @@ def check_study(config: StudyConfig, arms: Mapping[str, Sequence[Cell]]) -> None
         )
 
 
-def set_up_data(cells: Sequence[Cell]) -> None:
-    """Set up the data of the cell that needs the most samples: what has to be downloaded is there afterwards.
+def set_up_data(cells: Sequence[Cell], *, finished: bool = False) -> str | None:
+    """Set up the data of the cell that needs the most samples, which downloads what has to be downloaded.
 
     Args:
         cells: Of one study, whose data differ in sizes and seeds only.
+        finished: No cell is left to run: only load the data, and not even that where the data module has a
+            ``prepare_data``, which may download.
+
+    Returns:
+        A digest of the data's pools, None where they were not loaded: of their shapes, and of the labels and images of
+        up to 1024 samples spread over each, which a changed file or a changed ``load`` changes.
 
     Raises:
         ValueError: The data set has too few samples, or a class path or an argument is wrong.
@@ -85,17 +95,31 @@ def set_up_data(cells: Sequence[Cell]) -> None:
     parser, parsed = _parse(most)
     del parsed["net"]  # it may be large
     data: ImageDataModule = parser.instantiate_classes(parsed).data
-    data.prepare_data()
-    data.setup()
+    if finished and type(data).prepare_data is not ImageDataModule.prepare_data:
+        return None
+    load = cache(data.load)
+    data.load = load  # type: ignore[method-assign]  # setup() and the digest read each pool once
+    if not finished:
+        data.prepare_data()
+        data.setup()
+    digest = hashlib.sha256()
+    for train in (True, False):
+        pool = load(train=train)
+        count = min(len(pool), 1024)
+        sample = torch.arange(count) * len(pool) // max(count, 1)  # whole numbers: the same on every machine
+        digest.update(repr((tuple(pool.x.shape), str(pool.x.dtype))).encode())
+        digest.update(pool.y[sample].to("cpu", torch.int8).numpy().tobytes())
+        digest.update(pool.x[sample].cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _kernels(cell: Cell) -> Iterator[dict[str, Any]]:
-    """Tell of the kernels that a cell extracts what decides whether its figure shows them."""
+    """For each kernel that a cell extracts, the columns of its row that ``StudyConfig.shows`` filters on."""
     for model, sizes in ((AFTER, cell.after), (FRESH, cell.after_fresh)):
         yield from ({"model": model, "n": n, "m": cell.n, "t": None} for n in sizes)
     if cell.kernels_at or cell.log_spaced:
         total = cell.optimizer.total_steps(cell.n)
-        for t in schedule(total, None, cell.log_spaced or 1, cell.kernels_at):
+        for t in steps_to_measure(total, None, cell.log_spaced or 1, cell.kernels_at):
             if t <= total:
                 yield {"model": DURING, "n": cell.n, "m": cell.n, "t": t}
 

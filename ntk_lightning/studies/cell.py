@@ -1,12 +1,14 @@
-"""One cell of a study: a training run or a kernel fit, and the rows of the result table that it makes."""
+"""One cell of a study, run: a training run or a kernel fit, the rows that it makes, and what happens when it fails."""
 
 from __future__ import annotations
 
 import logging
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from math import inf, isfinite
 from pathlib import Path
@@ -15,25 +17,64 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 
-from ntk_lightning.callbacks import AfterKernel, EmpiricalNTKDynamics, OptimalEarlyStopping, StopAtTrainError
-from ntk_lightning.callbacks.nested_fits import Arm, fit_nested
+from ntk_lightning.callbacks import (
+    AfterKernel,
+    EmpiricalNTKDynamics,
+    ModelErrors,
+    OptimalEarlyStopping,
+    StopAtTrainError,
+)
+from ntk_lightning.callbacks.nested_fits import fit_nested
 from ntk_lightning.datamodules.base import ImageDataModule
-from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK
-from ntk_lightning.kernels.grams.infinite_grams import infinite_grams
+from ntk_lightning.kernels import InfiniteNTK
+from ntk_lightning.kernels.empirical.evaluation import evaluation_ntk
+from ntk_lightning.kernels.grams.gram_and_cross import GramAndCross
+from ntk_lightning.kernels.grams.stored import stored_gram_and_cross
 from ntk_lightning.kernels.infinite.infinite_ntk import Kind
 from ntk_lightning.modules import FiniteNetwork, LinearizedNetwork
 from ntk_lightning.studies.build import build
-from ntk_lightning.studies.config import Cell
+from ntk_lightning.studies.cell_config import Cell
+from ntk_lightning.studies.files import Rows
 from ntk_lightning.studies.schema import AFTER, DURING, FRESH, TRAINED
 
-__all__ = ["run_cell"]
+__all__ = ["Outcome", "attempt", "run_cell"]
 
 
-def run_cell(
-    cell: Cell, grams: Path, *, threads: int | None = None, memory: str = "4GB", progress: bool = False
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell.
+
+    Args:
+        rows: Its rows of the result table; none where it failed.
+        failure: The traceback of its failure, None where it succeeded.
+    """
+
+    rows: Rows = field(default_factory=list)
+    failure: str | None = None
+
+
+def attempt(cell: Cell, grams: Path, threads: int, memory: str, progress: bool) -> Outcome:
+    """Run a cell once; whatever goes wrong in it is reported, and the other cells of the study go on.
+
+    Args:
+        cell: What to run.
+        grams: As of :func:`run_cell`, like the others.
+        threads: CPU threads.
+        memory: Budget of an extraction.
+        progress: Show progress bars.
+
+    Returns:
+        The rows, or the traceback.
+    """
+    try:
+        return Outcome(run_cell(cell, grams, memory, threads=threads, progress=progress))
+    except Exception:
+        return Outcome(failure=traceback.format_exc())
+
+
+def run_cell(cell: Cell, grams: Path, memory: str, *, threads: int | None = None, progress: bool = False) -> Rows:
     """Train or fit what a cell describes.
 
     The cell's seed fixes its data, weights and batches, so that the result is the same in any process and any order.
@@ -41,8 +82,8 @@ def run_cell(
     Args:
         cell: What to run.
         grams: Folder of the store that cells share their infinite-width Grams in.
-        threads: CPU threads; sums, and so the last digits, depend on their number. None leaves it as it is.
         memory: Budget of an extraction of an empirical NTK, such as "4GB".
+        threads: CPU threads; sums, and so the last digits, depend on their number. None leaves it as it is.
         progress: Show progress bars.
 
     Returns:
@@ -66,10 +107,8 @@ def run_cell(
     return [{**row, "seconds": seconds} for row in rows]
 
 
-def _train(
-    cell: Cell, module: LightningModule, data: ImageDataModule, memory: str, scratch: str
-) -> list[dict[str, Any]]:
-    """Train a network; the callbacks' own tables and pictures go to a folder that nobody keeps."""
+def _train(cell: Cell, module: LightningModule, data: ImageDataModule, memory: str, scratch: str) -> Rows:
+    """Train a network with the callbacks that make its rows; their own files go to a folder that is deleted."""
     curve, after = OptimalEarlyStopping(), AfterKernel(cell.after, cell.after_fresh, memory=memory)
     during = EmpiricalNTKDynamics(log_spaced=cell.log_spaced, at=cell.kernels_at, memory=memory)
     callbacks: list[Callback] = [curve]
@@ -91,18 +130,19 @@ def _train(
         num_sanity_val_steps=0,
     )
     trainer.fit(module, datamodule=data)
-    rows = [_row(cell, cell.model, arm) for arm in curve.arms()]
-    for arm in after.arms():
-        model = FRESH if arm.name.endswith("fresh samples") else AFTER
-        rows.append(_row(cell, model, arm, m=cell.n, t=trainer.global_step))
+    rows = [_row(cell, cell.model, errors) for errors in curve.model_errors()]
+    for errors in after.model_errors():
+        model = FRESH if errors.name.endswith("fresh samples") else AFTER
+        rows.append(_row(cell, model, errors, m=cell.n, t=trainer.global_step))
     for row in during.rows:
-        arm = Arm(**{name: row[name] for name in Arm.__dataclass_fields__})
         beside = {name: row[name] for name in ("network_error", "network_loss", "initial_error", "initial_loss")}
-        rows.append(_row(cell, DURING, arm, m=cell.n, t=row["step"], **beside))
+        rows.append(_row(cell, DURING, ModelErrors.of_row(row), m=cell.n, t=row["step"], **beside))
     return rows
 
 
-def _fit_kernel(cell: Cell, net: nn.Sequential, data: ImageDataModule, grams: Path, memory: str, progress: bool) -> Arm:
+def _fit_kernel(
+    cell: Cell, net: nn.Sequential, data: ImageDataModule, grams: Path, memory: str, progress: bool
+) -> ModelErrors:
     """Fit a kernel of the untrained network on the training subset."""
     data.prepare_data()
     data.setup()
@@ -110,34 +150,34 @@ def _fit_kernel(cell: Cell, net: nn.Sequential, data: ImageDataModule, grams: Pa
     sets = {name: getattr(data, f"{name}_set") for name in ("train", "test", "val")}
     train, *others = (samples.to(device) for samples in sets.values() if samples is not None)
     evaluation = dict(zip(("test", "val"), others, strict=False))
-    gram_and_cross: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+    gram_and_cross: GramAndCross
     if cell.model == "empirical":
-        gram_and_cross = partial(EmpiricalNTK(net.to(device), memory=memory).gram_and_cross, progress=progress)
+        gram_and_cross = partial(evaluation_ntk(net.to(device), memory).gram_and_cross, progress=progress)
     else:
         kind: Kind = "nngp" if cell.model == "nngp" else "ntk"
-        gram_and_cross = infinite_grams(InfiniteNTK(net, kind), grams, progress=progress)
+        gram_and_cross = stored_gram_and_cross(InfiniteNTK(net, kind), grams, progress=progress)
     fits = fit_nested(gram_and_cross, train, evaluation, cell.optimizer, [cell.n])
-    return Arm.of_fit(cell.model, cell.n, fits[cell.n])
+    return ModelErrors.of_fit(cell.model, cell.n, fits[cell.n])
 
 
-def _row(cell: Cell, model: str, arm: Arm, **extra: float | None) -> dict[str, Any]:
+def _row(cell: Cell, model: str, errors: ModelErrors, **extra: float | None) -> dict[str, Any]:
     """A row of the result table (see :mod:`~ntk_lightning.studies.schema`)."""
-    losses = [float("nan") if loss is None else loss for loss in arm.curve["losses"]]
+    losses = [float("nan") if loss is None else loss for loss in errors.curve["losses"]]
     optimizer = {name: value for name, value in vars(cell.optimizer).items() if name != "seed"}
     return {
         "model": model,
         "cell": cell.key,
-        "n": arm.n,
+        "n": errors.n,
         "width": cell.width,
         "seed": cell.seed,
         **optimizer,
-        "optimal_error": arm.optimal_error,
-        "optimal_step": arm.optimal_step,
-        "last_error": arm.last_error,
+        "optimal_error": errors.optimal_error,
+        "optimal_step": errors.optimal_step,
+        "last_error": errors.last_error,
         "optimal_loss": min((loss for loss in losses if isfinite(loss)), default=inf),
         "last_loss": losses[-1],
-        "curve_steps": arm.curve["steps"],
-        "curve_errors": arm.curve["errors"],
+        "curve_steps": errors.curve["steps"],
+        "curve_errors": errors.curve["errors"],
         "curve_losses": losses,
         "config": cell.config,
         **extra,
@@ -146,7 +186,7 @@ def _row(cell: Cell, model: str, arm: Arm, **extra: float | None) -> dict[str, A
 
 @contextmanager
 def _threads(threads: int | None) -> Iterator[None]:
-    """Compute with so many CPU threads; the process gets its own number back."""
+    """Set torch's CPU threads for the body, None leaves them; restore the previous number."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -157,7 +197,7 @@ def _threads(threads: int | None) -> Iterator[None]:
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Keep Lightning from telling of every cell's devices and loaders."""
+    """Silence Lightning's messages about devices and loaders, which would come once a cell."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)

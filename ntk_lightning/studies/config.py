@@ -1,26 +1,17 @@
-"""A study's configuration, and the cells of its grid: one training run or kernel fit each.
-
-Longer than 300 lines for the documentation of the configuration's keys, which YAML files are checked against.
-"""
+"""A study's configuration: its arms, the grid of every axis, its figure, and the cells that they make."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from itertools import product
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser
-
 from ntk_lightning.optim import OptimizerConfig
-from ntk_lightning.shipped_configs import find_config
-from ntk_lightning.studies.schema import AFTER, DURING, FRESH, WIDTH_FREE, Kernel, Model, Value
+from ntk_lightning.studies.cell_config import Cell
+from ntk_lightning.studies.schema import AFTER, DURING, FRESH, WIDTH_FREE, Axis, Kernel, Model, Value
 
-__all__ = ["Arm", "Cell", "FigureConfig", "Grid", "StudyConfig", "read_config"]
+__all__ = ["Arm", "FigureConfig", "Grid", "StudyConfig"]
 
 
 @dataclass(frozen=True)
@@ -118,72 +109,17 @@ class FigureConfig:
         at: Show only kernels K^t at these steps t.
         value: "optimal" draws the least error or loss over training (an oracle), "last" that of the last step.
         chance: Test error of guessing, near which a power law is not to be trusted.
-        published: Exponents of the source paper, by label, for the caption.
+        published: Exponents that the source paper prints, by label, for caption and table.
         caption: What the figure shows.
     """
 
-    x: Literal["n", "m", "t", "width"] = "n"
+    x: Axis = "n"
     fitted_on: int | Literal["m"] | None = None
     at: list[int] | None = None
     value: Value = "optimal"
     chance: float = 0.5
     published: dict[str, float] = field(default_factory=dict)
     caption: str = ""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One training run or kernel fit, with everything that its result depends on.
-
-    Args:
-        model: What is trained or fitted.
-        n: Training samples.
-        width: Of the network, None where the width is infinite.
-        seed: Of the training subset and of the initial weights.
-        optimizer: Shared by the network and the kernels extracted from it.
-        after: Sizes that the after-kernel is fitted on.
-        after_fresh: The same, fresh samples.
-        kernels_at: Steps at which K^t is fitted.
-        log_spaced: Or their number.
-        until_train_error: Stop there.
-        data: Class path and arguments of the data module.
-        net: Class path and arguments of the network.
-
-    Raises:
-        ValueError: n or width is below 1.
-    """
-
-    model: Model
-    n: int
-    width: int | None
-    seed: int
-    optimizer: OptimizerConfig
-    after: tuple[int, ...] = ()
-    after_fresh: tuple[int, ...] = ()
-    kernels_at: tuple[int, ...] | None = None
-    log_spaced: int | None = None
-    until_train_error: float | None = None
-    data: Mapping[str, Any] = field(default_factory=dict)
-    net: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name, value in (("n", self.n), ("width", self.width)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} of the grid must be at least 1, got {value}.")
-
-    @property
-    def config(self) -> str:
-        """All of it as JSON."""
-        return json.dumps(asdict(self), sort_keys=True)
-
-    @property
-    def key(self) -> str:
-        """Name of the cell: a hash of its content, the same in every study."""
-        return hashlib.sha256(self.config.encode()).hexdigest()[:16]
-
-    def __str__(self) -> str:
-        width = "" if self.width is None else f", width {self.width}"
-        return f"{self.model}, n {self.n}{width}, lr {self.optimizer.lr:g}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -198,7 +134,7 @@ class StudyConfig:
         arms: The curves.
         grid: Values of every axis.
         figure: How it is drawn.
-        scale: Name of the scale that was chosen.
+        scale: Name of the scale that was chosen; empty for a study that is none of the paper's.
 
     Raises:
         ValueError: The name cannot be that of a file.
@@ -211,7 +147,7 @@ class StudyConfig:
     arms: list[Arm]
     grid: Grid
     figure: FigureConfig = field(default_factory=FigureConfig)
-    scale: str = "paper"
+    scale: str = ""
 
     def __post_init__(self) -> None:
         if not self.name or self.name.startswith(".") or any(sign in self.name for sign in "/\\\0"):
@@ -286,71 +222,4 @@ def _merge_grids(shared: Grid, own: Grid) -> dict[str, list[Any]]:
         if not values and axis.name in ("n", "width", "seed"):
             raise ValueError(f"The grid has no values for {axis.name}: give a list, such as {axis.name}: [1, 2, 3].")
         merged[axis.name] = values or [getattr(OptimizerConfig, axis.name)]
-    return merged
-
-
-def read_config(files: Sequence[str | Path], scale: str | None = None) -> StudyConfig:
-    """Read a study from YAML.
-
-    Args:
-        files: Later files change earlier ones, key by key at any depth; the value null removes a key, so that
-            ``published: null`` clears what an earlier file lists. A file that is not there is looked for among those
-            that come with the package, such as ``cli_configs/studies/figure_1a.yaml``. Their key ``base`` names a file
-            beside them that they change; their key ``scales`` holds, by name, further changes.
-        scale: Which of those to make, in every file that has it; None for none.
-
-    Returns:
-        The study.
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: A file is no YAML, a key or value is wrong, or there is no such scale.
-    """
-    raw: dict[str, Any] = {}
-    names: set[str] = set()
-    for file in files:
-        content = _read_yaml(Path(find_config(str(file))))
-        scales = content.pop("scales", {})
-        if not isinstance(scales, dict) or not all(isinstance(change, dict) for change in scales.values()):
-            raise ValueError(f"scales in {file} must map names to changes, such as scales: {{small: {{grid: ...}}}}.")
-        names.update(scales)
-        raw = _merge(_merge(raw, content), scales.get(scale, {}))
-    if scale is not None:
-        if scale not in names:
-            raise ValueError(f"There is no scale {scale!r} in {[str(file) for file in files]}, only {sorted(names)}.")
-        raw["scale"] = scale
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(StudyConfig, as_group=False)
-    try:
-        return StudyConfig(**vars(parser.instantiate_classes(parser.parse_object(raw))))
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise ValueError(f"{', '.join(map(str, files))}: {error}") from error
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise FileNotFoundError(f"No study configuration at {file}: cli_configs/studies has one per figure.")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is not a mapping of study settings: see cli_configs/studies.")
-    base = content.pop("base", None)
-    return content if base is None else _merge(_read_yaml(file.parent / str(base)), content)
-
-
-def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """Change some keys, at any depth; null removes one, a new ``class_path`` takes none of the old one's arguments."""
-    if change.get("class_path", base.get("class_path")) != base.get("class_path"):
-        base = {}
-    merged = dict(base)
-    for key, value in change.items():
-        if value is None:
-            merged.pop(key, None)
-        elif isinstance(value, dict):
-            old = merged.get(key)
-            merged[key] = _merge(old if isinstance(old, dict) else {}, value)
-        else:
-            merged[key] = value
     return merged

@@ -1,4 +1,4 @@
-"""Where cells run: one after another here, or many at once on Ray."""
+"""Where cells run, one after another here or many at once on Ray, and the resources of each."""
 
 from __future__ import annotations
 
@@ -7,54 +7,90 @@ import socket
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
-from ntk_lightning.studies.cell import run_cell
-from ntk_lightning.studies.config import Cell
-from ntk_lightning.studies.files import Rows
+from ntk_lightning.kernels.empirical.memory_plan import parse_bytes
+from ntk_lightning.studies.cell import Outcome, attempt
+from ntk_lightning.studies.cell_config import Cell
 
-__all__ = ["Run", "cells_at_once", "default_threads", "in_process", "on_ray"]
+__all__ = ["Executor", "Resources", "cells_at_once", "default_threads", "in_process", "on_ray"]
 
-Run: TypeAlias = Callable[[Iterable[Cell]], Iterator[tuple[Cell, Rows | str]]]
 Node: TypeAlias = Mapping[str, float]
 
 
-@contextmanager
-def in_process(grams: Path, cpus: int | None, memory: str) -> Iterator[tuple[int, Run]]:
-    """Run cells one after another.
+@dataclass(frozen=True)
+class Resources:
+    """Where cells run, and what each may use. These are the defaults of the command and of ``run_study``.
+
+    Args:
+        ray: Run the cells on Ray: "local", or the address of a cluster. None runs them here, one after another.
+        cpus: CPU threads of a cell; the last digits of results depend on it. By default all of this machine; on Ray
+            those of the smallest node, or with ``gpus`` so many that a node's GPUs are all used.
+        gpus: GPUs of a cell on Ray: a fraction, so that several cells share one, or a whole number.
+        memory: Budget of an extraction of an empirical NTK, such as "4GB"; one that is too small fails the cell.
+
+    Raises:
+        ValueError: A value is out of range, or GPUs are asked for without Ray.
+
+    Example:
+        >>> Resources(cpus=2).gpus
+        0.0
+    """
+
+    ray: str | None = None
+    cpus: int | None = None
+    gpus: float = 0.0
+    memory: str = "4GB"
+
+    def __post_init__(self) -> None:
+        if self.cpus is not None and self.cpus < 1:
+            raise ValueError(f"--cpus must be at least 1, got {self.cpus}: leave it out for all CPUs.")
+        if not self.gpus >= 0 or (self.gpus > 1 and self.gpus != int(self.gpus)):
+            raise ValueError(f"--gpus must be a fraction of one GPU or a whole number of them, got {self.gpus}.")
+        if self.gpus and self.ray is None:
+            raise ValueError("--gpus needs --ray, which gives cells their GPUs; without it a cell takes the first GPU.")
+        parse_bytes(self.memory)
+
+
+class Executor(NamedTuple):
+    """How many cells run at once, and a function that runs cells and yields each with its outcome."""
+
+    slots: int
+    run: Callable[[Iterable[Cell]], Iterator[tuple[Cell, Outcome]]]
+
+
+def in_process(grams: Path, resources: Resources) -> Executor:
+    """Run cells here, one after another.
 
     Args:
         grams: Folder of the infinite-width Grams.
-        cpus: CPU threads of a cell, by default all of this machine.
-        memory: Budget of an extraction of an empirical NTK.
+        resources: Of a cell.
 
-    Yields:
-        How many cells run at once, 1, and a function that runs cells: it gives each with its rows, or with the
-        traceback of its failure.
+    Returns:
+        The executor.
     """
-    threads = cpus or os.cpu_count() or 1
+    threads = resources.cpus or os.cpu_count() or 1
 
-    def run(cells: Iterable[Cell]) -> Iterator[tuple[Cell, Rows | str]]:
+    def run(cells: Iterable[Cell]) -> Iterator[tuple[Cell, Outcome]]:
         for cell in cells:
-            yield cell, _attempt(cell, grams, threads, memory, progress=True)
+            yield cell, attempt(cell, grams, threads, resources.memory, progress=True)
 
-    yield 1, run
+    return Executor(1, run)
 
 
 @contextmanager
-def on_ray(address: str, grams: Path, cpus: int | None, gpus: float, memory: str) -> Iterator[tuple[int, Run]]:
+def on_ray(address: str, grams: Path, resources: Resources) -> Iterator[Executor]:
     """Run cells as Ray tasks, as many at once as the cluster's nodes have room for.
 
     Args:
         address: Of a cluster, or "local".
         grams: Folder of the infinite-width Grams, which all nodes must see.
-        cpus: CPU threads of a cell, by default those of :func:`default_threads`.
-        gpus: GPUs of a cell.
-        memory: Budget of an extraction of an empirical NTK.
+        resources: Of a cell; without ``cpus`` it has the threads of :func:`default_threads`.
 
     Yields:
-        The same as :func:`in_process`.
+        The executor.
 
     Raises:
         ConnectionError: There is no cluster at the address.
@@ -79,23 +115,27 @@ def on_ray(address: str, grams: Path, cpus: int | None, gpus: float, memory: str
             ) from error
     try:
         nodes = [node["Resources"] for node in cast(Any, ray).nodes() if node["Alive"]]
-        threads = cpus or default_threads(nodes, gpus)
-        slots = cells_at_once(nodes, threads, gpus)
+        threads = resources.cpus or default_threads(nodes, resources.gpus)
+        slots = cells_at_once(nodes, threads, resources.gpus)
         environment = {name: str(threads) for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
-        options: dict[str, Any] = {"num_cpus": threads, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
+        options: dict[str, Any] = {
+            "num_cpus": threads,
+            "num_gpus": resources.gpus,
+            "runtime_env": {"env_vars": environment},
+        }
 
-        def run(cells: Iterable[Cell]) -> Iterator[tuple[Cell, Rows | str]]:
-            task = ray.remote(**options)(_attempt)
-            running = {task.remote(cell, grams, threads, memory, False): cell for cell in cells}
+        def run(cells: Iterable[Cell]) -> Iterator[tuple[Cell, Outcome]]:
+            task = ray.remote(**options)(attempt)
+            running = {task.remote(cell, grams, threads, resources.memory, False): cell for cell in cells}
             while running:
                 for done in ray.wait(list(running))[0]:
                     cell = running.pop(done)
                     try:
                         yield cell, ray.get(done)
                     except ray.exceptions.RayError:  # the worker died
-                        yield cell, traceback.format_exc()
+                        yield cell, Outcome(failure=traceback.format_exc())
 
-        yield slots, run
+        yield Executor(slots, run)
     finally:
         if started:
             ray.shutdown()
@@ -161,11 +201,3 @@ def _gpu_room(node: Node, gpus: float) -> int:
     """Cells that a node's GPUs have room for; Ray puts a cell's fraction on one GPU."""
     count = int(node.get("GPU", 0))
     return count * int(1 / gpus + 1e-9) if gpus < 1 else int(count // gpus)
-
-
-def _attempt(cell: Cell, grams: Path, threads: int, memory: str, progress: bool) -> Rows | str:
-    """Run a cell: its rows, or the traceback of its failure."""
-    try:
-        return run_cell(cell, grams, threads=threads, memory=memory, progress=progress)
-    except Exception:  # whatever it was, it is reported, and the other cells go on
-        return traceback.format_exc()

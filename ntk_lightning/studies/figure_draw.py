@@ -16,18 +16,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from ntk_lightning.plotting import COLORS, clean_axes, time_axis
-from ntk_lightning.studies.figure_captions import interval_text, number_text, plain_text, study_caption
-from ntk_lightning.studies.figure_departure import timed_pairs
-from ntk_lightning.studies.figure_fits import exponents, fit_series
-from ntk_lightning.studies.figure_lines import Series, size_text, study_series
+from ntk_lightning.studies.figure import StudyFigure, study_figure, study_figures
+from ntk_lightning.studies.figure_captions import figure_caption
+from ntk_lightning.studies.figure_lines import Line
+from ntk_lightning.studies.figure_table import figure_table
+from ntk_lightning.studies.figure_text import interval_text, number_text, plain_text, size_text
 from ntk_lightning.studies.results import StudyResults, read_results
 from ntk_lightning.studies.schema import DURING, MODELS, QUANTITIES, Quantity
 
-__all__ = ["draw_study", "exponents_table", "figures"]
+__all__ = ["draw_figure", "draw_study", "figures"]
 
 _OTHERS = "#4f6f52", "#8d6a9f", "#5b4a8a", "#b8860b", "#6b4226", "#d1495b"
 MODEL_COLORS = dict(
@@ -55,73 +54,44 @@ def draw_study(results: StudyResults, quantity: Quantity = "error", *, caption: 
     Raises:
         ValueError: The study has no finite value of the quantity.
     """
-    lines = study_series(results, quantity)
-    if not lines:
+    figure = study_figure(results, quantity)
+    if not figure.lines:
         raise ValueError(f"The study {results.name} has no finite test {quantity} to draw.")
-    text = textwrap.wrap(study_caption(results, quantity), 126) if caption else []
-    entries = 2 * len(lines) if results.axis in ("n", "m") else len(lines) + 3
-    figure = Figure(figsize=(7.2, 4.4 + 0.11 * entries + 0.14 * len(text)), dpi=150, layout="constrained")
-    axes = figure.subplots()
+    return draw_figure(figure, caption=caption)
+
+
+def draw_figure(figure: StudyFigure, *, caption: bool = True) -> Figure:
+    """Draw a figure that has lines (see :func:`draw_study`).
+
+    Args:
+        figure: What it shows.
+        caption: Write the caption under it.
+
+    Returns:
+        The picture.
+    """
+    study, lines = figure.study, figure.lines
+    text = textwrap.wrap(figure_caption(figure), 126) if caption else []
+    entries = 2 * len(lines) if study.axis in ("n", "m") else len(lines) + 3
+    picture = Figure(figsize=(7.2, 4.4 + 0.11 * entries + 0.14 * len(text)), dpi=150, layout="constrained")
+    axes = picture.subplots()
     clean_axes(axes)
-    axes.set_title("\n".join(textwrap.wrap(results.title, 74)), loc="left")
-    axes.set_ylabel(f"test {quantity}")
-    if results.axis == "t":
-        _draw_time(axes, results, quantity)
+    axes.set_title("\n".join(textwrap.wrap(study.title, 74)), loc="left")
+    axes.set_ylabel(f"test {figure.quantity}")
+    if study.axis == "t":
+        _draw_time(axes, figure)
     else:
         axes.set_xscale("log")
-        axes.set_xlabel(AXIS_LABELS[results.axis])
-        _draw_lines(axes, results, quantity)
-        _ticks_at(axes, sorted({x for line in lines for x in line.places}))
-    _log_values(axes, percent=quantity == "error")
+        axes.set_xlabel(AXIS_LABELS[study.axis])
+        _draw_lines(axes, figure)
+        _ticks_at(axes, sorted({x for line in lines for x in line.xs}))
+    _log_values(axes, percent=figure.quantity == "error")
     longest = max(len(plain_text(label)) for label in axes.get_legend_handles_labels()[1])
     columns = 2 if entries > 6 and longest < 45 else 1
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=columns)
     if text:
-        figure.supxlabel("\n".join(text), x=0.015, ha="left", fontsize=7, color="0.3", linespacing=1.35)
-    return figure
-
-
-def exponents_table(results: StudyResults, quantity: Quantity = "error") -> Table:
-    """Lay out the exponents of a study for a terminal.
-
-    Args:
-        results: A study whose axis is n or m.
-        quantity: Test error or test loss.
-
-    Returns:
-        The table, with the notes of the fits under it.
-    """
-    table = Table(title=escape(f"{plain_text(results.title)}: exponents of the test {quantity}"))
-    rows = exponents(results, quantity)
-    for name in ("series", "beta", "95% interval", "R²", "sizes", "seeds", "published", "p (same as first)"):
-        table.add_column(name, justify="left" if name == "series" else "right")
-    for row in rows:
-        table.add_row(*map(escape, exponent_cells(row)))
-    notes = [f"{plain_text(row['series'])}: {note}" for row in rows for note in row["notes"]]
-    table.caption, table.caption_justify = escape("\n".join(notes)) or None, "left"
-    return table
-
-
-def exponent_cells(row: dict[str, Any]) -> list[str]:
-    """Write a row of :func:`exponents` as text.
-
-    Returns:
-        Series, exponent, interval, R², sizes, seeds, published exponent, p-value.
-    """
-    fitted, p_value = row["beta"] is not None, row["p_value"]
-    sizes = [size_text(n) for n in row["sizes"]]
-    return [
-        plain_text(row["series"]),
-        number_text(row["beta"], 3) if fitted else "none",
-        interval_text(row["interval"]) if fitted else "",
-        f"{row['r_squared']:.3f}" if fitted else "",
-        f"{len(sizes)}, {sizes[0]} to {sizes[-1]}" if sizes else "",
-        str(row["seeds"]),
-        "" if row["published"] is None else f"{row['published']:g}",
-        ""
-        if p_value is None
-        else ("< 0.001" if p_value < 1e-3 else f"{p_value:.3f}") + (" paired" if row["paired"] else ""),
-    ]
+        picture.supxlabel("\n".join(text), x=0.015, ha="left", fontsize=7, color="0.3", linespacing=1.35)
+    return picture
 
 
 def figures(results: str, output: str | None = None, format: Literal["png", "pdf", "svg"] = "png") -> list[Path]:
@@ -139,36 +109,38 @@ def figures(results: str, output: str | None = None, format: Literal["png", "pdf
     folder.mkdir(parents=True, exist_ok=True)
     console, paths = Console(width=None if Console().is_terminal else 130), []
     for study in studies:
+        drawn = {figure.quantity: figure for figure in study_figures(study)}
         for quantity in QUANTITIES:
-            if not study_series(study, quantity):
+            if quantity not in drawn:
                 console.print(f"{study.name}: no finite test {quantity}, so no figure of it.", markup=False)
                 continue
-            if study.axis in ("n", "m"):
-                console.print(exponents_table(study, quantity))
-            for pair in timed_pairs(study, quantity):
-                console.print(f"{plain_text(study.title)}, test {quantity}: {plain_text(str(pair))}", markup=False)
+            figure = drawn[quantity]
+            if figure.exponents:
+                console.print(figure_table(figure))
+            for departure in figure.departures:
+                text = f"{plain_text(study.title)}, test {quantity}: {plain_text(str(departure))}"
+                console.print(text, markup=False)
             path = folder / f"{study.name}{'_loss' * (quantity == 'loss')}.{format}"
-            draw_study(study, quantity).savefig(path)
+            draw_figure(figure).savefig(path)
             paths.append(path)
     for path in paths:
         console.print(str(path), soft_wrap=True, markup=False)
     return paths
 
 
-def _draw_lines(axes: Axes, results: StudyResults, quantity: Quantity) -> None:
+def _draw_lines(axes: Axes, figure: StudyFigure) -> None:
     """Draw error against n, m or width, with its power law where it has one."""
-    fits = {line.series.label: line.fit for line in fit_series(results, quantity)}
-    lines = study_series(results, quantity)
-    for line, color, marker in zip(lines, _colors(lines), cycle(MARKERS), strict=False):
+    fits = {exponent.label: exponent.fitted.fit for exponent in figure.exponents}
+    for line, color, marker in zip(figure.lines, _colors(figure.lines), cycle(MARKERS), strict=False):
         fit, label = fits.get(line.label), line.label
         if fit:
             label += f": β = {number_text(fit.beta, 3)} {interval_text(fit.beta_interval)}"
             ends = np.array([fit.n.min(), fit.n.max()])
             axes.plot(ends, fit.predict(ends), ":", color=color, linewidth=1.6)
-        if line.places:
-            mean, below, above = _spread([line.at(x) for x in line.places])
+        if line.xs:
+            mean, below, above = _spread([line.at(x) for x in line.xs])
             axes.errorbar(
-                line.places,
+                line.xs,
                 mean,
                 (mean - below, above - mean),
                 color=color,
@@ -183,37 +155,38 @@ def _draw_lines(axes: Axes, results: StudyResults, quantity: Quantity) -> None:
             _horizontal(axes, line, color)
 
 
-def _draw_time(axes: Axes, results: StudyResults, quantity: Quantity) -> None:
+def _draw_time(axes: Axes, figure: StudyFigure) -> None:
     """Draw networks, K^0 and the kernels K^t fitted to the whole set against t, and where network and K^0 part."""
     time_axis(axes)
-    lines = study_series(results, quantity)
-    for line, color in zip(lines, _colors(lines), strict=True):
-        if not line.places:
-            stop = ", last step" if results.value == "last" else ", optimal early stopping"
+    for line, color in zip(figure.lines, _colors(figure.lines), strict=True):
+        if not line.xs:
+            stop = ", last step" if figure.study.value == "last" else ", optimal early stopping"
             _horizontal(axes, line, color, stop)
-    pairs = timed_pairs(results, quantity)
-    inks = _shades(MODEL_COLORS["network"], len(pairs)), _shades(MODEL_COLORS[DURING], len(pairs))
-    for pair, *colors in zip(pairs, *inks, strict=True):
-        kernel = pair.kernel
-        fitted = " fitted" + (f" on n = {size_text(kernel.n)}" if kernel.n and len(pairs) == 1 else "")
-        labels = pair.network.label, kernel.label + fitted
-        for line, label, color, marker in zip((pair.network, kernel), labels, colors, "os", strict=True):
-            if line.places:
-                mean, below, above = _spread([line.at(x) for x in line.places])
-                axes.plot(line.places, mean, marker + "-", color=color, markersize=4, linewidth=1.8, label=label)
-                axes.fill_between(line.places, below, above, color=color, alpha=0.18, linewidth=0)
-        if pair.initial.places:
-            means = [pair.initial.at(t).mean() for t in pair.initial.places]
-            label = f"{pair.initial.label}, trained by the same steps"
-            axes.plot(pair.initial.places, means, "--", color=COLORS["initial"], linewidth=1.4, label=label)
-    for step in sorted({pair.parting for pair in pairs if pair.parting is not None and pair.parting < pair.steps[-1]}):
+    departures = figure.departures
+    inks = _shades(MODEL_COLORS["network"], len(departures)), _shades(MODEL_COLORS[DURING], len(departures))
+    for departure, *colors in zip(departures, *inks, strict=True):
+        kernel = departure.kernel
+        fitted = " fitted" + (f" on n = {size_text(kernel.n)}" if kernel.n and len(departures) == 1 else "")
+        labels = departure.network.label, kernel.label + fitted
+        for line, label, color, marker in zip((departure.network, kernel), labels, colors, "os", strict=True):
+            if line.xs:
+                mean, below, above = _spread([line.at(x) for x in line.xs])
+                axes.plot(line.xs, mean, marker + "-", color=color, markersize=4, linewidth=1.8, label=label)
+                axes.fill_between(line.xs, below, above, color=color, alpha=0.18, linewidth=0)
+        initial = departure.initial
+        if initial.xs:
+            means = [initial.at(t).mean() for t in initial.xs]
+            label = f"{initial.label}, trained by the same steps"
+            axes.plot(initial.xs, means, "--", color=COLORS["initial"], linewidth=1.4, label=label)
+    marked = {d.step for d in departures if d.step is not None and d.step < d.steps[-1]}  # those that do part
+    for step in sorted(marked):
         axes.axvline(step, color="0.35", linestyle="-.", linewidth=1.1)
         at: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "xytext": (-3, 0), "textcoords": "offset points"}
         axes.annotate(f"they part after t = {step}", (step, 0.98), rotation=90, ha="right", va="top", fontsize=8, **at)
 
 
-def _horizontal(axes: Axes, line: Series, color: str, suffix: str = "") -> None:
-    """Draw a model without a place on the axis as a line across, with a band."""
+def _horizontal(axes: Axes, line: Line, color: str, suffix: str = "") -> None:
+    """Draw a model that has no x as a line across, with a band."""
     mean, below, above = _spread([line.at(None)])
     axes.axhline(mean[0], color=color, linestyle="--", linewidth=1.4, label=line.label + suffix)
     axes.axhspan(below[0], above[0], color=color, alpha=0.15, linewidth=0)
@@ -226,7 +199,7 @@ def _spread(values: Sequence[NDArray[np.float64]]) -> tuple[NDArray[np.float64],
     return mean, mean - error, mean + error
 
 
-def _colors(lines: Sequence[Series]) -> list[str]:
+def _colors(lines: Sequence[Line]) -> list[str]:
     """Give each model its color, and lines of the same model shades of it."""
     shades = {
         model: iter(_shades(color, sum(line.model == model for line in lines))) for model, color in MODEL_COLORS.items()
@@ -241,12 +214,12 @@ def _shades(color: str, count: int) -> list[str]:
     return [to_hex(tuple(rgb)) for rgb in mixed]
 
 
-def _ticks_at(axes: Axes, places: Sequence[int]) -> None:
-    """Put ticks at the places of a logarithmic axis, as many as have room."""
-    if not places:
+def _ticks_at(axes: Axes, xs: Sequence[int]) -> None:
+    """Put ticks at the given values of a logarithmic axis, as many as have room."""
+    if not xs:
         return
-    room, ticks = math.log(places[-1] / places[0]) / 10, [places[0]]
-    for x in places[1:]:
+    room, ticks = math.log(xs[-1] / xs[0]) / 10, [xs[0]]
+    for x in xs[1:]:
         if math.log(x / ticks[-1]) >= room:
             ticks.append(x)
     axes.xaxis.set_major_locator(FixedLocator(ticks))

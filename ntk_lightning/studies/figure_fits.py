@@ -1,35 +1,60 @@
-"""Exponents of the lines of a study's figure, beside the published ones, and whether they differ."""
+"""Power laws of the lines of a study's figure, and their exponents beside each other and the published ones."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ntk_lightning.scaling.power_law import PowerLawFit, compare_exponents, fit_power_law
-from ntk_lightning.studies.figure_lines import Series, study_series
+from ntk_lightning.studies.figure_lines import Line, study_lines
 from ntk_lightning.studies.results import StudyResults
 from ntk_lightning.studies.schema import Quantity
 
-__all__ = ["FittedSeries", "exponents", "fit_series"]
+__all__ = ["Exponent", "FittedSeries", "compare_lines", "fit_lines", "fit_series"]
 
 
 @dataclass(frozen=True)
 class FittedSeries:
-    """A series and its power law.
+    """A line of a figure and its power law.
 
     Args:
-        series: The series.
+        series: The line.
         fit: Its power law; None where there is none to fit.
         seeds: Seeds behind the fit.
         notes: What a reader must know of the fit, one sentence each.
     """
 
-    series: Series
+    series: Line
     fit: PowerLawFit | None
     seeds: tuple[int, ...]
     notes: list[str]
+
+
+@dataclass(frozen=True)
+class Exponent:
+    """The exponent of a line, and what it is compared with.
+
+    Args:
+        fitted: The line and its power law.
+        published: The source paper's exponent of it, of test errors only; None where there is none.
+        p_value: Of the hypothesis that it is that of the first line; None where that was not tested.
+        paired: Whether the test paired the seeds, which both lines share.
+        notes: What a reader must know of it, one sentence each.
+    """
+
+    fitted: FittedSeries
+    published: float | None
+    p_value: float | None
+    paired: bool
+    notes: list[str]
+
+    @property
+    def label(self) -> str:
+        """The name of the line."""
+        return self.fitted.series.label
 
 
 def fit_series(results: StudyResults, quantity: Quantity = "error") -> list[FittedSeries]:
@@ -40,73 +65,101 @@ def fit_series(results: StudyResults, quantity: Quantity = "error") -> list[Fitt
         quantity: Test error or test loss.
 
     Returns:
-        The lines and their fits; none where the horizontal axis is time or width.
+        The lines that have values, and their fits; none where the horizontal axis is time or width.
+    """
+    return fit_lines(results, [line for line in study_lines(results, quantity) if line.values], quantity)
+
+
+def fit_lines(results: StudyResults, lines: Sequence[Line], quantity: Quantity) -> list[FittedSeries]:
+    """Fit a power law to given lines of a figure (see :func:`fit_series`).
+
+    Args:
+        results: The study.
+        lines: Lines of its figure that have values.
+        quantity: What they show.
+
+    Returns:
+        The lines and their fits.
     """
     if results.axis not in ("n", "m"):
         return []
-    chance = results.config["figure"].get("chance", 0.5) if quantity == "error" else None
-    return [_fit(series, chance) for series in study_series(results, quantity)]
+    return [_fit(line, _chance(results, quantity)) for line in lines]
 
 
-def exponents(results: StudyResults, quantity: Quantity = "error") -> list[dict[str, Any]]:
-    """Tabulate the exponents of a study.
+def compare_lines(results: StudyResults, fits: Sequence[FittedSeries], quantity: Quantity) -> list[Exponent]:
+    """Compare the exponents of a figure with the first line's, and with the published ones.
 
     Args:
-        results: A study.
-        quantity: Test error or test loss.
+        results: The study.
+        fits: Its lines and their fits.
+        quantity: What they show.
 
     Returns:
-        One row a line: series, beta, interval, r_squared, sizes, seeds, published (the paper's exponent, of test errors
-        only), p_value and paired (of the difference from the first line; paired where both have the same seeds), notes.
+        One exponent a line.
     """
-    published = results.config["figure"].get("published") or {} if quantity == "error" else {}
-    fitted, rows = fit_series(results, quantity), []
-    arms, first = Counter(line.series.arm for line in fitted), fitted[0] if fitted else None
-    for line in fitted:
-        fit, p_value, paired, notes = line.fit, None, False, list(line.notes)
-        if fit and first and first.fit and line is not first:
-            paired = line.seeds == first.seeds and len(line.seeds) > 1
-            p_value = compare_exponents(first.fit, fit, paired=paired).p_value
-            if [*first.fit.n] != [*fit.n]:
-                notes.append(f"The p-value compares it with {first.series.label}, which is fitted on other sizes.")
-        of_arm = published.get(line.series.arm) if arms[line.series.arm] == 1 else None
-        rows.append(
-            {
-                "series": line.series.label,
-                "beta": fit.beta if fit else None,
-                "interval": fit.beta_interval if fit else None,
-                "r_squared": fit.r_squared if fit else None,
-                "sizes": [int(n) for n in fit.n] if fit else [],
-                "seeds": len(line.seeds),
-                "published": published.get(line.series.label, of_arm),
-                "p_value": p_value,
-                "paired": paired,
-                "notes": notes,
-            }
-        )
-    return rows
+    published = results.config.figure.published if quantity == "error" else {}
+    arms = Counter(fitted.series.arm for fitted in fits)
+    exponents = []
+    for fitted in fits:
+        p_value, paired, notes = None, False, list[str]()
+        if fitted is not fits[0]:
+            p_value, paired, notes = _compare(fits[0], fitted, _chance(results, quantity))
+        arm, label = fitted.series.arm, fitted.series.label
+        of_arm = published.get(arm) if arms[arm] == 1 else None
+        exponents.append(Exponent(fitted, published.get(label, of_arm), p_value, paired, fitted.notes + notes))
+    return exponents
 
 
-def _fit(series: Series, chance: float | None) -> FittedSeries:
-    """Fit the largest full table of seeds and sizes that a series has."""
-    places = series.places
-    full = [seed for seed in sorted(series.values) if len(series.values[seed]) == len(places)]
-    common = [x for x in places if all(x in by_x for by_x in series.values.values())]
+def _chance(results: StudyResults, quantity: Quantity) -> float | None:
+    """The error of guessing; a loss has none that a fit could check."""
+    return results.config.figure.chance if quantity == "error" else None
+
+
+def _compare(first: FittedSeries, other: FittedSeries, chance: float | None) -> tuple[float | None, bool, list[str]]:
+    """Test whether two lines have one exponent, on the sizes that both have: p-value, whether paired, notes."""
+    a, b = first.fit, other.fit
+    if a is None or b is None:
+        return None, False, []
+    notes, label = list[str](), first.series.label
+    if [*a.n] != [*b.n]:
+        common = [int(n) for n in a.n if n in b.n]
+        if len(common) < 2:
+            return None, False, [f"No p-value: fewer than 2 of its sizes are those of {label}."]
+        notes.append(f"The p-value compares it with {label} on the {len(common)} sizes that both have.")
+        a, b = (_power_law(fit.series, fit.seeds, common, chance)[0] for fit in (first, other))
+    if a is None or b is None or not math.isfinite(a.standard_error) or not math.isfinite(b.standard_error):
+        return None, False, []  # one seed and two sizes leave nothing to test with
+    paired = other.seeds == first.seeds and len(other.seeds) > 1
+    return compare_exponents(a, b, paired=paired).p_value, paired, notes
+
+
+def _fit(line: Line, chance: float | None) -> FittedSeries:
+    """Fit the largest full table of seeds and sizes that a line has."""
+    xs = line.xs
+    full = [seed for seed in sorted(line.values) if len(line.values[seed]) == len(xs)]
+    common = [x for x in xs if all(x in by_x for by_x in line.values.values())]
     notes = []
-    if len(full) < len(series.values):
-        if len(full) * len(places) >= len(series.values) * len(common):
+    if len(full) < len(line.values):
+        if len(full) * len(xs) >= len(line.values) * len(common):
             notes.append("The fit leaves out seeds that lack a size.")
         else:
-            full, places = sorted(series.values), common
+            full, xs = sorted(line.values), common
             notes.append("The fit leaves out sizes that some seeds lack.")
+    if len(xs) < 2:
+        return FittedSeries(line, None, tuple(full), [*notes, "No power law: it needs 2 or more sizes."])
+    fit, more = _power_law(line, full, xs, chance)
+    return FittedSeries(line, fit, tuple(full), notes + more)
+
+
+def _power_law(
+    line: Line, seeds: Sequence[int], xs: Sequence[int], chance: float | None
+) -> tuple[PowerLawFit | None, list[str]]:
+    """Fit some seeds and sizes of a line; what the fit warns about, or why there is none, becomes notes."""
+    table = [[line.values[seed][x] for x in xs] for seed in seeds]  # (seeds, sizes)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            table = [[series.values[seed][x] for x in places] for seed in full]
-            fit = fit_power_law(places, table, chance=chance) if len(places) > 1 else None
+            fit = fit_power_law(xs, table, chance=chance)
         except ValueError as error:
-            fit = None
-            notes.append(str(error))
-    if len(places) < 2:
-        notes.append("No power law: it needs 2 or more sizes.")
-    return FittedSeries(series, fit, tuple(full), notes + [str(warning.message) for warning in caught])
+            return None, [str(error), *(str(warning.message) for warning in caught)]
+    return fit, [str(warning.message) for warning in caught]

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ntk_lightning.studies.figure_text import size_text
 from ntk_lightning.studies.results import StudyResults
-from ntk_lightning.studies.schema import AFTER, DURING, FRESH, MODELS, Quantity
+from ntk_lightning.studies.schema import AFTER, DURING, FRESH, MODELS, Axis, Quantity
 
-__all__ = ["Series", "collect", "size_text", "study_series"]
+__all__ = ["Line", "study_lines"]
 
 AFTER_KERNELS = {AFTER: "K", FRESH: "K^F"}
 SETTINGS = {
@@ -24,7 +25,7 @@ SETTINGS = {
 
 
 @dataclass(frozen=True)
-class Series:
+class Line:
     """One line of a figure.
 
     Args:
@@ -32,9 +33,9 @@ class Series:
         arm: The study's name for it.
         model: The kind of model.
         n: Samples fitted, where all its points share them.
-        values: Test error or loss, by seed and place on the horizontal axis; finite values only. The place is None for
-            a model without one, such as the infinite width.
-        left_out: Places and seeds of fits that have no finite value.
+        values: Test error or loss, by seed and value of x; finite ones only. x is None for a model that has no place on
+            the horizontal axis, such as the infinite width against time.
+        left_out: x and seed of every fit that has no finite value.
         rows: The fits behind it.
     """
 
@@ -46,16 +47,49 @@ class Series:
     left_out: list[str]
     rows: list[dict[str, Any]]
 
+    @classmethod
+    def of_rows(cls, label: str, arm: str, model: str, rows: list[dict[str, Any]], axis: Axis, column: str) -> Line:
+        """Make a line of a column of some fits.
+
+        Args:
+            label: Its name.
+            arm: Of the fits.
+            model: The same.
+            rows: The fits.
+            axis: The horizontal axis.
+            column: Column of the values.
+
+        Returns:
+            The line.
+
+        Raises:
+            ValueError: Two fits have one seed and one x.
+        """
+        values: dict[int, dict[int | None, float]] = {}
+        left_out = []
+        for row in rows:
+            x, value = _x_of(row, axis), row[column]
+            if x in values.get(row["seed"], {}):
+                raise ValueError(
+                    f"{label} has two fits at {axis} = {x} with seed {row['seed']}: give arms that differ different "
+                    "names in the study."
+                )
+            if value is None or not math.isfinite(value):
+                left_out.append(f"{axis} = {x}, seed {row['seed']}")
+            else:
+                values.setdefault(row["seed"], {})[x] = value
+        return cls(label, arm, model, _shared(rows, "n"), values, left_out, rows)
+
     @property
-    def places(self) -> list[int]:
-        """Places on the horizontal axis, ascending."""
+    def xs(self) -> list[int]:
+        """Values on the horizontal axis, ascending."""
         return sorted({x for by_x in self.values.values() for x in by_x if x is not None})
 
     def at(self, x: int | None) -> NDArray[np.float64]:
-        """Collect the values of all seeds at one place.
+        """Collect the values of all seeds at one x.
 
         Args:
-            x: The place.
+            x: On the horizontal axis.
 
         Returns:
             The values, (seeds,).
@@ -63,16 +97,7 @@ class Series:
         return np.array([by_x[x] for by_x in self.values.values() if x in by_x])
 
 
-def size_text(size: int) -> str:
-    """Shorten a size: 16000 becomes 16k.
-
-    Returns:
-        The text.
-    """
-    return f"{size // 1000}k" if size >= 1000 and size % 1000 == 0 else str(size)
-
-
-def study_series(results: StudyResults, quantity: Quantity = "error", *, keep_empty: bool = False) -> list[Series]:
+def study_lines(results: StudyResults, quantity: Quantity = "error") -> list[Line]:
     """Sort a study's fits into the lines of its figure.
 
     A line is an arm and a model, at one width, n, m, t and choice of hyperparameters where these are not the horizontal
@@ -82,27 +107,25 @@ def study_series(results: StudyResults, quantity: Quantity = "error", *, keep_em
     Args:
         results: A study.
         quantity: Test error or test loss (mean squared error).
-        keep_empty: Keep lines without any finite value as well.
 
     Returns:
-        The lines, networks first; values are the best over training, ``optimal_error`` or ``optimal_loss``, or those of
-        the last step where the study's ``figure.value`` is "last".
+        The lines, networks first, also those without any finite value; values are the best over training,
+        ``optimal_error`` or ``optimal_loss``, or those of the last step where the study's ``figure.value`` is "last".
 
     Raises:
-        ValueError: A line has two fits of one seed at one place.
+        ValueError: A line has two fits of one seed at one x.
     """
-    axis = results.axis
+    axis, column = results.axis, f"{results.value}_{quantity}"
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in results.rows:
         groups.setdefault((row["model"], row["arm"]), []).append(row)
-    order = {model: place for place, model in enumerate(MODELS)}
-    lines = []
-    for (model, arm), group in sorted(groups.items(), key=lambda item: order.get(item[0][0], len(order))):
-        for rows, time in _split(group, axis):
-            label = _label(rows, group, axis, time)
-            line = Series(label, arm, model, _shared(rows, "n"), {}, [], rows)
-            lines.append(collect(line, axis, f"{results.value}_{quantity}"))
-    for telling in ("arm", "model"):
+    order = {model: position for position, model in enumerate(MODELS)}
+    lines = [
+        Line.of_rows(_label(rows, group, axis, time), arm, model, rows, axis, column)
+        for (model, arm), group in sorted(groups.items(), key=lambda item: order.get(item[0][0], len(order)))
+        for rows, time in _split(group, axis)
+    ]
+    for telling in ("arm", "model"):  # what tells lines of one name apart
         names = Counter(line.label for line in lines)
         lines = [
             replace(line, label=f"{line.label} ({getattr(line, telling)})")
@@ -110,43 +133,18 @@ def study_series(results: StudyResults, quantity: Quantity = "error", *, keep_em
             else line
             for line in lines
         ]
-    return [line for line in lines if line.values or keep_empty]
+    return lines
 
 
-def collect(series: Series, axis: str, column: str) -> Series:
-    """Sort a column of a line's fits by seed and place into the line.
-
-    Args:
-        series: A line that has no values yet.
-        axis: The horizontal axis.
-        column: Column of the values.
-
-    Returns:
-        The line.
-
-    Raises:
-        ValueError: It has two fits of one seed at one place.
-    """
-    for row in series.rows:
-        x = (
-            row["n"]
-            if axis == "m" and row["m"] is None
-            else row[axis]
-            if axis != "t" or row["model"] == DURING
-            else None
-        )
-        seen = series.values.get(row["seed"], {})
-        if x in seen:
-            raise ValueError(
-                f"{series.label} has two fits at {axis} = {x} with seed {row['seed']}: give arms that differ different "
-                "names in the study."
-            )
-        value = row[column]
-        if value is None or not math.isfinite(value):
-            series.left_out.append(f"{axis} = {x}, seed {row['seed']}")
-        else:
-            series.values.setdefault(row["seed"], {})[x] = value
-    return series
+def _x_of(row: dict[str, Any], axis: Axis) -> int | None:
+    """Where a fit stands on the horizontal axis."""
+    if axis == "m" and row["m"] is None:  # a network or a kernel of none: the samples it was trained on itself
+        x = row["n"]
+    elif axis == "t" and row["model"] != DURING:  # t of an after-kernel is its network's last step, no time of its own
+        x = None
+    else:
+        x = row[axis]
+    return None if x is None else int(x)
 
 
 def _shared(rows: list[dict[str, Any]], column: str) -> int | None:
@@ -160,19 +158,29 @@ def _by(rows: list[dict[str, Any]], column: str) -> list[list[dict[str, Any]]]:
     return [[row for row in rows if row[column] == value] for value in values]
 
 
-def _split(group: list[dict[str, Any]], axis: str) -> list[tuple[list[dict[str, Any]], str]]:
+def _split(group: list[dict[str, Any]], axis: Axis) -> list[tuple[list[dict[str, Any]], str]]:
     """Split the fits of one arm and model into lines, with the text of their time."""
+    # Beside SETTINGS, what has one value a line:
+    #
+    #   axis    columns
+    #   n       m; but K_n(n), whose m is n at every point, is one line
+    #   m       n of kernels of trained networks; of other models n is on the axis itself
+    #   t       n
+    #   width   n
+    #
+    # and on every axis but t the time t of kernels during training.
+    of_network = group[0]["m"] is not None
+    columns = [column for column in SETTINGS if column != axis]
+    if axis in ("t", "width") or (axis == "m" and of_network):
+        columns.append("n")
     parts = [group]
-    for column in SETTINGS:
-        if column != axis:
-            parts = [split for part in parts for split in _by(part, column)]
-    if axis in ("t", "width") or (axis == "m" and group[0]["m"] is not None):
-        parts = [split for part in parts for split in _by(part, "n")]
-    elif axis == "n":
+    for column in columns:
+        parts = [split for part in parts for split in _by(part, column)]
+    if axis == "n":
         parts = [split for part in parts for split in _by_samples_of_network(part)]
-    if axis == "t" or group[0]["model"] != DURING:
-        return [(part, "") for part in parts]
-    return [split for part in parts for split in _by_time(part)]
+    if axis != "t" and group[0]["model"] == DURING:
+        return [split for part in parts for split in _by_time(part)]
+    return [(part, "") for part in parts]
 
 
 def _by_samples_of_network(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -186,7 +194,7 @@ def _by_samples_of_network(rows: list[dict[str, Any]]) -> list[list[dict[str, An
 
 def _by_time(rows: list[dict[str, Any]]) -> list[tuple[list[dict[str, Any]], str]]:
     """Split by t, or by its rank where schedules differ with n."""
-    schedules: dict[tuple[int, int], set[int]] = {}
+    schedules: dict[tuple[int, int], set[int]] = {}  # by n and seed, the steps that kernels were taken at
     for row in rows:
         schedules.setdefault((row["n"], row["seed"]), set()).add(row["t"])
     if all(schedule == next(iter(schedules.values())) for schedule in schedules.values()):
@@ -201,7 +209,8 @@ def _by_time(rows: list[dict[str, Any]]) -> list[tuple[list[dict[str, Any]], str
     return parts
 
 
-def _label(rows: list[dict[str, Any]], group: list[dict[str, Any]], axis: str, time: str) -> str:
+def _label(rows: list[dict[str, Any]], group: list[dict[str, Any]], axis: Axis, time: str) -> str:
+    """Name a line by its arm or kernel, and by what tells it from the other lines of the same arm and model."""
     row, model = rows[0], rows[0]["model"]
     label = str(row["arm"])
     if model == DURING:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import uuid
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ntk_lightning import atomic_files
+from ntk_lightning.atomic_files import atomic_write
 
-__all__ = ["Rows", "place_first", "read_cell", "write_table", "writing"]
+__all__ = ["ADVICE", "Rows", "read_cell", "read_digest", "write_cell", "write_table"]
 
 Rows: TypeAlias = list[dict[str, Any]]
-_ADVICE = "Make room there or choose another --output; finished cells are kept, and the same command goes on from them"
+_DIGEST = b"data"  # in a cell's metadata
+ADVICE = "Make room there or choose another --output; finished cells are kept, and the same command goes on from them"
 
 
 def read_cell(path: Path) -> Rows | None:
@@ -36,57 +32,44 @@ def read_cell(path: Path) -> Rows | None:
         return None
 
 
-def write_table(path: Path, table: pa.Table, place: Callable[[Path, Path], None] = os.replace) -> None:
+def read_digest(path: Path) -> str | None:
+    """Read of which data a finished cell is.
+
+    Args:
+        path: Of its file.
+
+    Returns:
+        The digest of the data; None where none is noted.
+    """
+    digest = (pq.read_schema(path).metadata or {}).get(_DIGEST)
+    return None if digest is None else digest.decode()
+
+
+def write_table(path: Path, table: pa.Table) -> None:
     """Write a table that is there whole or not at all, also after a power cut.
 
     Args:
         path: Of the table.
         table: Its rows.
-        place: Gives a finished file its name.
 
     Raises:
         OSError: It cannot be written; the message says what to do.
     """
-    temporary = path.with_name(f".{uuid.uuid4().hex}.partial")
-    try:
-        with writing(path):
-            with temporary.open("wb") as file:
-                pq.write_table(table, file)
-                file.flush()
-                os.fsync(file.fileno())
-            place(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path, ADVICE) as temporary:
+        pq.write_table(table, temporary)
 
 
-def place_first(temporary: Path, path: Path) -> None:
-    """Give a finished file its name, unless another process was first.
+def write_cell(path: Path, table: pa.Table, digest: str | None) -> None:
+    """Write the rows of a finished cell, unless another process was first.
 
     Args:
-        temporary: The file.
-        path: Its name; a file there is replaced only if it cannot be read.
+        path: Of its file; a file there is replaced only if it cannot be read.
+        table: Its rows.
+        digest: Of the data that they were computed from.
 
     Raises:
-        OSError: The folder cannot be written to.
+        OSError: It cannot be written; the message says what to do.
     """
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        if read_cell(path) is None:
-            os.replace(temporary, path)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP):  # what folders without hard links say
-            raise
-        os.replace(temporary, path)
-
-
-def writing(path: Path) -> AbstractContextManager[None]:
-    """Say what to do when the body cannot write.
-
-    Args:
-        path: What it writes.
-
-    Returns:
-        Raises an OSError that says so, where the body raises one.
-    """
-    return atomic_files.writing(path, _ADVICE)
+    described = table.replace_schema_metadata({_DIGEST: digest} if digest else None)
+    with atomic_write(path, ADVICE, keep=lambda there: read_cell(there) is not None) as temporary:
+        pq.write_table(described, temporary)

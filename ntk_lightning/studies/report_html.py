@@ -6,22 +6,23 @@ import base64
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from html import escape
 from io import BytesIO
 from string import Template
-from typing import Any
+from typing import Any, NamedTuple
 
-from ntk_lightning.studies.figure_captions import html_text, plain_text, study_caption
-from ntk_lightning.studies.figure_draw import draw_study, exponent_cells
-from ntk_lightning.studies.figure_fits import exponents
-from ntk_lightning.studies.figure_lines import study_series
+from ntk_lightning.studies.figure import StudyFigure
+from ntk_lightning.studies.figure_captions import figure_caption
+from ntk_lightning.studies.figure_draw import draw_figure
+from ntk_lightning.studies.figure_table import HEADER, exponent_cells
+from ntk_lightning.studies.figure_text import html_text, plain_text
 from ntk_lightning.studies.results import StudyResults
-from ntk_lightning.studies.schema import QUANTITIES, Quantity
+from ntk_lightning.studies.schema import QUANTITIES
 
-__all__ = ["TITLE", "html_page", "picture"]
+__all__ = ["TITLE", "Section", "html_page", "picture", "provenance"]
 
 TITLE = "Scaling laws of networks and their kernels"
-EXPONENTS = ("line", "β", "95% interval", "R²", "sizes", "seeds", "published", "p (same as first)")
 SETTINGS = ("arm", "model", "lr", "momentum", "batch size", "epochs", "width", "n", "m", "seeds", "fits")
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
@@ -64,36 +65,43 @@ $sections
 """)
 
 
-def html_page(studies: Sequence[StudyResults]) -> str:
+class Section(NamedTuple):
+    """A study with those of its figures that have something to draw."""
+
+    study: StudyResults
+    figures: list[StudyFigure]
+
+
+def html_page(sections: Sequence[Section]) -> str:
     """Write the page of some studies.
 
     Args:
-        studies: The studies, one section each.
+        sections: One a study.
 
     Returns:
         HTML, with pictures inside and nothing to fetch.
     """
+    studies = [section.study for section in sections]
     links = (f'<li><a href="#{_anchor(study)}">{html_text(study.title)}</a></li>' for study in studies)
     return PAGE.substitute(
         title=escape(TITLE),
         provenance=escape(provenance(studies)),
         links="\n".join(links),
-        sections="\n".join(_section(study) for study in studies),
+        sections="\n".join(_section(*section) for section in sections),
     )
 
 
-def picture(study: StudyResults, quantity: Quantity) -> bytes:
-    """Draw a study without its caption.
+def picture(figure: StudyFigure) -> bytes:
+    """Draw a figure without its caption.
 
     Args:
-        study: A study.
-        quantity: Test error or test loss.
+        figure: A figure of a study.
 
     Returns:
         The picture, as PNG.
     """
     file = BytesIO()
-    draw_study(study, quantity, caption=False).savefig(file, format="png")
+    draw_figure(figure, caption=False).savefig(file, format="png")
     return file.getvalue()
 
 
@@ -134,28 +142,26 @@ def settings(study: StudyResults) -> list[list[str]]:
     ]
 
 
-def _section(study: StudyResults) -> str:
-    shown = [quantity for quantity in QUANTITIES if study_series(study, quantity)]
+def _section(study: StudyResults, figures: Sequence[StudyFigure]) -> str:
     parts = [f'<section id="{_anchor(study)}">', f"<h2>{html_text(study.title)}</h2>", '<div class="pictures">']
-    for quantity in shown:
-        names = plain_text(", ".join(line.label for line in study_series(study, quantity)))
-        alt = escape(f"{plain_text(study.title)}: test {quantity} against {study.axis}, of {names}", quote=True)
-        data = base64.b64encode(picture(study, quantity)).decode()
-        caption = html_text(study_caption(study, quantity))
+    for figure in figures:
+        names = plain_text(", ".join(line.label for line in figure.lines))
+        alt = escape(f"{plain_text(study.title)}: test {figure.quantity} against {study.axis}, of {names}", quote=True)
+        data = base64.b64encode(picture(figure)).decode()
+        caption = html_text(figure_caption(figure))
         image = f'<img src="data:image/png;base64,{data}" alt="{alt}">'
         parts.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
     parts.append("</div>")
-    parts += [
-        f'<p class="note">There is no finite test {q}, so no picture of it.</p>' for q in QUANTITIES if q not in shown
-    ]
-    for quantity in shown:
-        rows = exponents(study, quantity)
-        cells = [[html_text(row["series"]), *map(escape, exponent_cells(row)[1:])] for row in rows]
+    for quantity in QUANTITIES:
+        if quantity not in {figure.quantity for figure in figures}:
+            parts.append(f'<p class="note">There is no finite test {quantity}, so no picture of it.</p>')
+    for figure in figures:
+        cells = [[html_text(e.label), *map(escape, exponent_cells(e)[1:])] for e in figure.exponents]
         if cells:
-            parts.append(_table(f"Exponents of the test {quantity}", EXPONENTS, cells))
+            parts.append(_table(f"Exponents of the test {figure.quantity}", HEADER, cells))
     hyperparameters = [list(map(escape, row)) for row in settings(study)]
     parts.append(_table("Hyperparameters of these runs", SETTINGS, hyperparameters))
-    config = escape(json.dumps(study.config, indent=2, ensure_ascii=False))
+    config = escape(json.dumps(asdict(study.config), indent=2, ensure_ascii=False))
     parts.append(f"<details><summary>Configuration of the study</summary><pre>{config}</pre></details></section>")
     return "\n".join(parts)
 

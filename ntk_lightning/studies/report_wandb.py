@@ -13,17 +13,17 @@ import wandb
 from PIL import Image
 from rich.console import Console
 
-from ntk_lightning.studies.figure_captions import plain_text, study_caption
-from ntk_lightning.studies.figure_draw import exponent_cells
-from ntk_lightning.studies.figure_fits import exponents
-from ntk_lightning.studies.figure_lines import study_series
-from ntk_lightning.studies.report_html import EXPONENTS, TITLE, html_page, picture, provenance
-from ntk_lightning.studies.results import StudyResults, read_results
+from ntk_lightning.studies.figure import StudyFigure, study_figures
+from ntk_lightning.studies.figure_captions import figure_caption
+from ntk_lightning.studies.figure_table import HEADER, exponent_cells
+from ntk_lightning.studies.figure_text import plain_text
+from ntk_lightning.studies.report_html import TITLE, Section, html_page, picture, provenance
+from ntk_lightning.studies.results import read_results
 from ntk_lightning.studies.schema import QUANTITIES
 
 __all__ = ["report"]
 
-INSTALL = "The W&B report needs wandb-workspaces: pip install wandb-workspaces."
+INSTALL = "The W&B report needs the extra `report`: pip install wandb-workspaces."
 
 
 def report(results: str, project: str = "ntk_lightning", entity: str | None = None) -> Path:
@@ -45,9 +45,10 @@ def report(results: str, project: str = "ntk_lightning", entity: str | None = No
     Raises:
         ModuleNotFoundError: Logged in to W&B, but wandb-workspaces is not installed.
     """
-    studies, console = read_results(results), Console()
+    sections = [Section(study, study_figures(study)) for study in read_results(results)]
+    console = Console()
     page = Path(results) / "report.html"
-    page.write_text(html_page(studies), encoding="utf-8")
+    page.write_text(html_page(sections), encoding="utf-8")
     console.print(f"Page: {page}", soft_wrap=True, markup=False)
     online = _logged_in()
     try:
@@ -59,12 +60,12 @@ def report(results: str, project: str = "ntk_lightning", entity: str | None = No
         return page
     if online:
         with wandb.init(project=project, entity=entity, name="figures", group="figures", job_type="report") as run:
-            run.log(_pictures(studies))
-            built = _build(wr, studies, run.project, run.entity, run.id)
+            run.log(_pictures(sections))
+            built = _build(wr, sections, run.project, run.entity, run.id)
         built.save()
         console.print(f"W&B report: {built.url}", soft_wrap=True, markup=False)
     else:
-        built = _build(wr, studies, project, entity or "", None)
+        built = _build(wr, sections, project, entity or "", None)
         spec = built._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)  # what save() would send
         path = Path(results) / "report.json"
         path.write_text(json.dumps(spec, indent=1), encoding="utf-8")
@@ -81,21 +82,22 @@ def _logged_in() -> bool:
     return os.environ.get("WANDB_MODE", "online") == "online" and wandb.login(prompt=False)
 
 
-def _pictures(studies: list[StudyResults]) -> dict[str, wandb.Image]:
-    return {
-        f"{study.name}/{quantity}": wandb.Image(Image.open(BytesIO(picture(study, quantity))))
-        for study in studies
-        for quantity in QUANTITIES
-        if study_series(study, quantity)
-    }
+def _pictures(sections: list[Section]) -> dict[str, wandb.Image]:
+    figures = [figure for section in sections for figure in section.figures]
+    return {_key(figure): wandb.Image(Image.open(BytesIO(picture(figure)))) for figure in figures}
 
 
-def _build(wr: ModuleType, studies: list[StudyResults], project: str, entity: str, figures: str | None) -> Any:  # noqa: ANN401 - wandb_workspaces ships no types
+def _key(figure: StudyFigure) -> str:
+    """The name of a picture in W&B."""
+    return f"{figure.study.name}/{figure.quantity}"
+
+
+def _build(wr: ModuleType, sections: list[Section], project: str, entity: str, figures: str | None) -> Any:  # noqa: ANN401 - wandb_workspaces ships no types
     """Build the W&B report.
 
     Args:
         wr: wandb_workspaces.reports.v2.
-        studies: The studies.
+        sections: The studies and their figures.
         project: W&B project.
         entity: Its owner; empty where the report is not saved.
         figures: The run that holds the pictures, if there is one.
@@ -104,13 +106,13 @@ def _build(wr: ModuleType, studies: list[StudyResults], project: str, entity: st
         The report.
     """
     owner = {"project": project, "entity": entity}
-    blocks = [wr.P(provenance(studies)), wr.TableOfContents()]
-    for study in studies:
-        blocks += [wr.H1(plain_text(study.title)), *(wr.MarkdownBlock(text) for text in _markdown(study))]
+    blocks = [wr.P(provenance([section.study for section in sections])), wr.TableOfContents()]
+    for study, drawn in sections:
+        blocks.append(wr.H1(plain_text(study.title)))
+        blocks += [wr.MarkdownBlock(text) for figure in drawn for text in _markdown(figure)]
         if figures:
             pictures = wr.Runset(**owner, name="figures", filters=f'Metric("ID") == "{figures}"')
-            keys = [f"{study.name}/{quantity}" for quantity in QUANTITIES if study_series(study, quantity)]
-            shown = wr.MediaBrowser(media_keys=keys, num_columns=2, layout=wr.Layout(w=24, h=12))
+            shown = wr.MediaBrowser(media_keys=list(map(_key, drawn)), num_columns=2, layout=wr.Layout(w=24, h=12))
             blocks.append(wr.PanelGrid(runsets=[pictures], panels=[shown], hide_run_sets=True))
         runs = wr.Runset(**owner, name=study.title, filters=f'Metric("Group") == {json.dumps(study.name)}')
         panels: list[Any] = [
@@ -120,23 +122,19 @@ def _build(wr: ModuleType, studies: list[StudyResults], project: str, entity: st
         summary = wr.SummaryMetric(f"test/{study.value}_error")
         panels.append(wr.ScatterPlot(title="Test error", x=wr.Config("n"), y=summary, log_x=True, log_y=True))
         blocks.append(wr.PanelGrid(runsets=[runs], panels=panels))
-    return wr.Report(**owner, title=TITLE, description=f"{len(studies)} figures", blocks=blocks, width="fixed")
+    return wr.Report(**owner, title=TITLE, description=f"{len(sections)} figures", blocks=blocks, width="fixed")
 
 
-def _markdown(study: StudyResults) -> list[str]:
-    """Captions and exponents of a study in Markdown."""
-    texts = []
-    for quantity in QUANTITIES:
-        if not study_series(study, quantity):
-            continue
-        texts.append(f"**Test {quantity}.** {_escaped(study_caption(study, quantity))}")
-        rows = [[_escaped(cell) for cell in exponent_cells(row)] for row in exponents(study, quantity)]
-        if rows:
-            lines = [EXPONENTS, ["---"] * len(EXPONENTS), *rows]
-            texts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+def _markdown(figure: StudyFigure) -> list[str]:
+    """Caption and exponents of a figure in Markdown."""
+    texts = [f"**Test {figure.quantity}.** {_escaped(figure_caption(figure))}"]
+    rows = [list(map(_escaped, exponent_cells(exponent))) for exponent in figure.exponents]
+    if rows:
+        lines = [HEADER, ["---"] * len(HEADER), *rows]
+        texts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
     return texts
 
 
 def _escaped(text: str) -> str:
-    """Keep what Markdown would take for markup."""
+    """Escape what Markdown would read as markup."""
     return "".join(f"\\{sign}" if sign in "\\`*_|<>[]#" else sign for sign in plain_text(text))

@@ -1,4 +1,4 @@
-"""Result tables of studies, read back: one parquet file a study, one row a model fit."""
+"""Result tables of studies, read back: one parquet file a study, one row a fitted model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from ntk_lightning.studies.schema import COLUMNS, Value
+from ntk_lightning.studies.config import StudyConfig
+from ntk_lightning.studies.config_yaml import parse_config
+from ntk_lightning.studies.schema import COLUMNS, Axis, Value
 
 __all__ = ["StudyResults", "read_results", "read_study"]
-
-AXES = ("n", "m", "t", "width")
 
 
 @dataclass(frozen=True)
@@ -23,32 +23,32 @@ class StudyResults:
     """The results of one study.
 
     Args:
-        config: The study's configuration: name, title, scale and what its figure shows.
-        rows: One a model fit, with the table's columns; errors in [0, 1].
+        config: The study, with what its figure shows.
+        rows: One a fitted model, with the table's columns; errors in [0, 1].
     """
 
-    config: dict[str, Any]
+    config: StudyConfig
     rows: list[dict[str, Any]]
 
     @property
     def name(self) -> str:
         """The name, as in the file's."""
-        return str(self.config["name"])
+        return self.config.name
 
     @property
     def title(self) -> str:
         """The heading of its figures."""
-        return str(self.config.get("title") or self.name)
+        return self.config.title or self.name
 
     @property
-    def axis(self) -> str:
-        """The column on the figure's horizontal axis: n, m, t or width."""
-        return str(self.config["figure"]["x"])
+    def axis(self) -> Axis:
+        """The column on the figure's horizontal axis."""
+        return self.config.figure.x
 
     @property
     def value(self) -> Value:
         """What is drawn of an error curve: its least value, "optimal", or its last."""
-        return "last" if self.config["figure"].get("value") == "last" else "optimal"
+        return self.config.figure.value
 
 
 def read_study(path: str | Path) -> StudyResults:
@@ -69,25 +69,25 @@ def read_study(path: str | Path) -> StudyResults:
         raise FileNotFoundError(f"There is no table {path}: run the study first.")
     try:
         table = pq.read_table(path)
-        config = json.loads((table.schema.metadata or {})[b"study"])
-        problem = None if config["figure"]["x"] in AXES and config["name"] else f"its figure needs x in {AXES}"
-    except (OSError, pa.ArrowException, AttributeError, KeyError, TypeError, json.JSONDecodeError):
+        raw = json.loads((table.schema.metadata or {})[b"study"])
+    except (OSError, pa.ArrowException, KeyError, json.JSONDecodeError):
         raise ValueError(
             f"{path} is not the table of a study (parquet with the study's configuration in its metadata): keep other "
             "files out of the results folder."
         ) from None
     missing = [column for column in COLUMNS.names if column not in table.column_names]
-    if missing:
-        problem = f"it lacks the columns {missing}"
-    elif not table.num_rows:
-        problem = "it has no rows"
+    problem = f"it lacks the columns {missing}" if missing else "" if table.num_rows else "it has no rows"
+    try:
+        config = parse_config(raw)
+    except ValueError as error:
+        problem = f"its configuration is wrong ({' '.join(str(error).split())})"
     if problem:
         raise ValueError(f"The table {path} cannot be drawn, {problem}: run the study again.")
     return StudyResults(config, table.to_pylist())
 
 
 def read_results(folder: str | Path) -> list[StudyResults]:
-    """Read the tables of all studies in a folder; one that cannot be read is left out and told of.
+    """Read the tables of all studies in a folder; one that cannot be read is left out, with a message.
 
     Args:
         folder: Where the studies wrote.

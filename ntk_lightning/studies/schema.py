@@ -15,6 +15,7 @@ __all__ = [
     "QUANTITIES",
     "TRAINED",
     "WIDTH_FREE",
+    "Axis",
     "Kernel",
     "Model",
     "Quantity",
@@ -24,6 +25,7 @@ __all__ = [
 Model: TypeAlias = Literal["network", "empirical", "infinite", "nngp", "order 2", "order 3"]
 Kernel: TypeAlias = Literal["after-kernel", "after-kernel, fresh", "kernel during training"]
 Quantity: TypeAlias = Literal["error", "loss"]
+Axis: TypeAlias = Literal["n", "m", "t", "width"]
 Value: TypeAlias = Literal["optimal", "last"]
 
 AFTER: Final = "after-kernel"

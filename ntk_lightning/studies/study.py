@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow as pa
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ntk_lightning.kernels.empirical.memory_plan import parse_bytes
+from ntk_lightning.atomic_files import writing
 from ntk_lightning.studies.build import check_study, set_up_data
-from ntk_lightning.studies.config import Cell, StudyConfig, read_config
-from ntk_lightning.studies.executors import in_process, on_ray
-from ntk_lightning.studies.files import Rows, place_first, read_cell, write_table, writing
+from ntk_lightning.studies.cell_config import KEY_LENGTH, Cell
+from ntk_lightning.studies.config import StudyConfig
+from ntk_lightning.studies.config_yaml import read_config
+from ntk_lightning.studies.executors import Resources, in_process, on_ray
+from ntk_lightning.studies.files import ADVICE, Rows, read_cell, read_digest, write_cell, write_table
+from ntk_lightning.studies.progress import study_progress
 from ntk_lightning.studies.schema import COLUMNS
 from ntk_lightning.studies.wandb_runs import log_rows
 
@@ -33,23 +36,18 @@ def study(
     config: Sequence[str],
     scale: str | None = None,
     output: str | None = None,
-    ray: str | None = None,
-    cpus: int | None = None,
-    gpus: float = 0.0,
-    memory: str = "4GB",
     wandb: str | None = None,
+    resources: Resources | None = None,
 ) -> Path:
     """Run a study: a grid of training runs and kernel fits, resumed cell by cell when run again.
 
     Args:
         config: Configurations; later ones change earlier ones.
         scale: One of the configuration's scales, such as "small".
-        output: Folder of results; by default runs/studies/<scale>. Studies in one folder share their cells and Grams.
-        ray: Run the cells on Ray: "local", or the address of a cluster.
-        cpus: CPU threads of a cell, see :func:`run_study`.
-        gpus: GPUs of a cell on Ray; a fraction lets several cells share one.
-        memory: Budget of an extraction of an empirical NTK, such as "4GB".
+        output: Folder of results; by default runs/studies/<scale>, or <name> where there is no scale. Studies in one
+            folder share their cells and Grams.
         wandb: W&B project to log the study's rows to; by default none.
+        resources: Where its cells run, and what each may use; by default one after another, with all CPUs.
 
     Returns:
         The table of results.
@@ -58,8 +56,8 @@ def study(
         StudyError: Cells failed.
     """
     chosen = read_config(config, scale)
-    folder = Path(output or f"runs/studies/{chosen.scale}")
-    path = run_study(chosen, folder, ray=ray, cpus=cpus, gpus=gpus, memory=memory, wandb_project=wandb)
+    folder = Path(output or f"runs/studies/{chosen.scale or chosen.name}")
+    path = run_study(chosen, folder, wandb_project=wandb, **vars(resources or Resources()))
     text = f"Results: {path}. Draw them: python -m ntk_lightning figures {folder}"
     Console().print(text, soft_wrap=True, markup=False, emoji=False)
     return path
@@ -69,18 +67,19 @@ def run_study(
     config: StudyConfig,
     folder: Path,
     *,
-    ray: str | None = None,
-    cpus: int | None = None,
-    gpus: float = 0.0,
-    memory: str = "4GB",
+    ray: str | None = Resources.ray,
+    cpus: int | None = Resources.cpus,
+    gpus: float = Resources.gpus,
+    memory: str = Resources.memory,
     wandb_project: str | None = None,
 ) -> Path:
     """Run those cells of a study that have no result yet, and gather the table.
 
-    A finished cell is one file ``cells/<key>.parquet``, named by the content of its configuration and moved there when
-    it is complete: what is there is never computed again, in whichever study it occurs, nor written again where two
-    processes have computed it at the same time. Only a file that cannot be read is replaced. Infinite-width Grams lie
-    in ``grams``. The table ``<name>.parquet`` has one row for each fitted model (the columns of
+    A finished cell is one file ``cells/<key>.parquet``, named by what its configuration changes of the defaults and
+    moved there when it is complete: what is there is never computed again, in whichever study it occurs, nor written
+    again where two processes have computed it at the same time. Only a file that cannot be read is replaced. A cell
+    notes a digest of the data that it was computed from, and data that have changed since are refused. Infinite-width
+    Grams lie in ``grams``. The table ``<name>.parquet`` has one row for each fitted model (the columns of
     :mod:`~ntk_lightning.studies.schema`), with the study's configuration in its metadata; it is written when the study
     ends, however it ends, once it has a row.
 
@@ -88,10 +87,9 @@ def run_study(
         config: The study.
         folder: Where results lie.
         ray: Run the cells on Ray: "local", or the address of a cluster, whose nodes must see ``folder``.
-        cpus: CPU threads of a cell; the last digits of results depend on it. By default all of this machine; on Ray
-            those of the smallest node, or with ``gpus`` so many that a node's GPUs are all used.
-        gpus: GPUs of a cell on Ray, a fraction or a whole number.
-        memory: Budget of an extraction of an empirical NTK, such as "4GB"; one that is too small fails the cell.
+        cpus: CPU threads of a cell, see :class:`~ntk_lightning.studies.executors.Resources`.
+        gpus: GPUs of a cell on Ray.
+        memory: Budget of an extraction of an empirical NTK.
         wandb_project: W&B project to log the study's rows to, those that are not there yet.
 
     Returns:
@@ -100,38 +98,43 @@ def run_study(
     Raises:
         OSError: A result cannot be written; the finished cells are kept.
         StudyError: Cells failed; their tracebacks are printed, and the others are in the table.
-        ValueError: The configuration is wrong.
+        ValueError: The configuration is wrong, or finished cells are of other data, or of an earlier version.
     """
-    _check_resources(ray, cpus, gpus, memory)
+    resources = Resources(ray, cpus, gpus, memory)
     arms = config.cells()
     check_study(config, arms)
     cells = {cell.key: cell for group in arms.values() for cell in group}
     files = {key: folder / "cells" / f"{key}.parquet" for key in cells}
-    pending = [cell for key, cell in cells.items() if read_cell(files[key]) is None]
+    _refuse_earlier_cells(folder)
+    finished = {key: rows for key, file in files.items() if (rows := read_cell(file)) is not None}
+    earlier = [(cells[key], _seconds(rows)) for key, rows in finished.items()]
+    pending = [cell for key, cell in cells.items() if key not in finished]
     grams, failures = folder.resolve() / "grams", dict[str, str]()
     origin = {"git_revision": _git_revision(), "version": version("ntk_lightning")}
     try:
-        if pending:
-            set_up_data(pending)
-        with writing(folder / "cells"):
+        digest = set_up_data([*cells.values()], finished=not pending)
+        _check_data(digest, [files[key] for key in finished], config)
+        with writing(folder / "cells", ADVICE):
             (folder / "cells").mkdir(parents=True, exist_ok=True)
-        executor = in_process(grams, cpus, memory) if ray is None else on_ray(ray, grams, cpus, gpus, memory)
-        with executor as (slots, run), _progress(config.name, pending, len(cells), slots) as report:
+        made = nullcontext(in_process(grams, resources)) if ray is None else on_ray(ray, grams, resources)
+        shown = partial(study_progress, config.name, pending, earlier, len(cells))
+        with made as executor, shown(executor.slots) as progress:
 
             def left() -> Iterator[Cell]:
                 for cell in pending:
-                    if read_cell(files[cell.key]) is None:
+                    if (rows := read_cell(files[cell.key])) is None:
                         yield cell
                     else:  # another process has run it meanwhile
-                        report(cell, False)
+                        progress.report(cell, _seconds(rows))
 
-            for cell, outcome in run(left()):
-                if isinstance(outcome, str):
-                    failures[cell.key] = outcome
+            for cell, outcome in executor.run(left()):
+                if outcome.failure is None:
+                    rows = [{**row, **origin} for row in outcome.rows]
+                    write_cell(files[cell.key], pa.Table.from_pylist(rows, COLUMNS), digest)
+                    progress.report(cell, _seconds(rows))
                 else:
-                    rows = [{**row, **origin} for row in outcome]
-                    write_table(files[cell.key], pa.Table.from_pylist(rows, COLUMNS), place=place_first)
-                report(cell, cell.key in failures)
+                    failures[cell.key] = outcome.failure
+                    progress.report(cell, None)
     finally:
         _print_failures(failures, cells)
         path = folder / f"{config.name}.parquet"
@@ -152,14 +155,29 @@ def run_study(
     return path
 
 
-def _check_resources(ray: str | None, cpus: int | None, gpus: float, memory: str) -> None:
-    if cpus is not None and cpus < 1:
-        raise ValueError(f"--cpus must be at least 1, got {cpus}: leave it out for all CPUs.")
-    if not gpus >= 0 or (gpus > 1 and gpus != int(gpus)):
-        raise ValueError(f"--gpus must be a fraction of one GPU or a whole number of them, got {gpus}.")
-    if gpus and ray is None:
-        raise ValueError("--gpus needs --ray, which gives cells their GPUs; without it a cell takes the first GPU.")
-    parse_bytes(memory)
+def _refuse_earlier_cells(folder: Path) -> None:
+    """Raise a ValueError where a folder has cells whose keys an earlier version made."""
+    if any(len(path.stem) < KEY_LENGTH for path in (folder / "cells").glob("[0-9a-f]*.parquet")):
+        raise ValueError(
+            f"The cells in {folder} are of an earlier version and cannot be gone on with: choose another --output for "
+            "this study (figures and report still read the tables there)."
+        )
+
+
+def _check_data(digest: str | None, files: Sequence[Path], config: StudyConfig) -> None:
+    """Raise a ValueError where finished cells were computed from data that are not those of now."""
+    stale = [file for file in files if digest is not None and read_digest(file) not in (None, digest)]
+    if stale:
+        raise ValueError(
+            f"The data of study {config.name} have changed: {len(stale)} finished cells in {stale[0].parent} were "
+            f"computed from other samples than {config.data.get('class_path')} loads now. Choose another --output for "
+            "the changed data, or undo the change."
+        )
+
+
+def _seconds(rows: Rows) -> float:
+    """The seconds that a cell took, from its rows."""
+    return max((row["seconds"] or 0.0 for row in rows), default=0.0)
 
 
 def _print_failures(failures: Mapping[str, str], cells: Mapping[str, Cell]) -> None:
@@ -167,33 +185,6 @@ def _print_failures(failures: Mapping[str, str], cells: Mapping[str, Cell]) -> N
     for key, text in failures.items():
         console.print(f"\nFailed: {cells[key]} (cell {key})", style="bold red")
         console.print(text)
-
-
-@contextmanager
-def _progress(name: str, pending: Sequence[Cell], total: int, slots: int) -> Iterator[Callable[[Cell, bool], None]]:
-    """Show the cells done, failed and running, and the time left, counting a cell by its training samples."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.fields[counts]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    left, failed = len(pending), 0
-
-    def counts() -> str:
-        failures = f", {failed} failed" if failed else ""
-        return f"{total - left - failed}/{total} cells, {min(left, slots)} running{failures}"
-
-    with Progress(*columns) as progress:
-        task = progress.add_task(name, total=sum(cell.n for cell in pending), counts=counts())
-
-        def report(cell: Cell, has_failed: bool) -> None:
-            nonlocal left, failed
-            left, failed = left - 1, failed + has_failed
-            progress.update(task, advance=cell.n, counts=counts())
-
-        yield report
 
 
 def _gather(config: StudyConfig, arms: Mapping[str, Sequence[Cell]], files: Mapping[str, Path], path: Path) -> Rows:

@@ -52,8 +52,8 @@ def _identifier(row: dict[str, Any]) -> str:
 def _log_row(row: dict[str, Any], project: str, identifier: str, folder: Path) -> None:
     config = {name: value for name, value in row.items() if not name.startswith("curve_") and name != "config"}
     known = {"n": row["n"], "m": row["m"], "t": row["t"], "width": row["width"], "lr": row["lr"], "seed": row["seed"]}
-    places = (f"{name} {value:g}" for name, value in known.items() if value is not None)
-    name = ", ".join([row["arm"], *([row["model"]] if row["model"] != row["arm"] else []), *places])
+    varied = (f"{name} {value:g}" for name, value in known.items() if value is not None)
+    name = ", ".join([row["arm"], *([row["model"]] if row["model"] != row["arm"] else []), *varied])
     summary = ("optimal_error", "last_error", "optimal_loss", "last_loss")
     with wandb.init(project=project, group=row["study"], name=name, id=identifier, config=config, dir=folder) as run:
         for step, error, loss in zip(row["curve_steps"], row["curve_errors"], row["curve_losses"], strict=True):

@@ -1,30 +1,37 @@
 """The empirical NTK: inner products of a network's parameter gradients, within a memory budget.
 
-Longer than 300 lines for the documentation of one class's calls; the gradients and the memory budget have own files.
+Longer than 300 lines for the documentation of one class's calls; gradients, trial and memory budget have own files.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, Self
+from dataclasses import replace
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import jvp, vjp
 
 from ntk_lightning.kernels.checks import check_finite, check_inputs
-from ntk_lightning.kernels.empirical.gradients import GradientRows
+from ntk_lightning.kernels.empirical.derivatives import differentiable_attention
+from ntk_lightning.kernels.empirical.inputs import Inputs
 from ntk_lightning.kernels.empirical.memory_plan import SLICE_COLUMNS, chunk_size, divide, parse_bytes
-from ntk_lightning.kernels.grams.distributed import sharded_gram, swap
+from ntk_lightning.kernels.empirical.network_function import NetworkFunction
+from ntk_lightning.kernels.empirical.network_state import Weights, copy_network, preserved
+from ntk_lightning.kernels.empirical.rows import Rows
+from ntk_lightning.kernels.empirical.sample_independence import check_modes
+from ntk_lightning.kernels.empirical.trial import choose_products, choose_rows
+from ntk_lightning.kernels.grams.distributed import distributed_cross, distributed_gram, swap
 from ntk_lightning.precision import at_least_float32, own_precision
 from ntk_lightning.progress import progress_bar
 
 __all__ = ["EmpiricalNTK"]
 
 Features = Literal["float32", "tf32", "bfloat16"]
+Arguments = Any  # of a network: a tensor, a tuple or list, or a mapping
 
 _DIVERGED = "if the network has diverged, lower the learning rate, else compute in float64"
 
@@ -34,17 +41,26 @@ class EmpiricalNTK(nn.Module):
 
     Jacot et al. (2018, arXiv 1806.07572). With C outputs it is the normalized trace, the mean over outputs c of
     <grad f_c(x), grad f_c(x')>. Parameters with ``requires_grad=False`` take no part, and every layer stays in the mode
-    (training or not) in which it is copied. Inputs in float64 are computed in float64, all others in float32.
+    (training or not) in which it is copied. A complex parameter counts as its real and its imaginary part.
+
+    Inputs are one tensor of any dtype, called as net(x); a tuple or list, net(*x); or a mapping, net(**x), such as a
+    transformers ``BatchEncoding``. An element of a tuple may be a mapping: ({...},) is net({...}). Every tensor has the
+    n samples first; what is no tensor is passed on as it is. Gradients are those of reverse mode, one sample at a time:
+    by ``torch.func.vmap`` for many samples at once where that can be done, else by a loop, which the log then says.
 
     Args:
-        net: Maps (n, ...) to (n,) or (n, C). Later changes of it do not reach this kernel.
+        net: Maps (n, ...) to (n,) or (n, C), or to what ``output`` takes. Later changes of it do not reach this kernel.
         memory: Budget for all that a call allocates besides inputs and result: bytes, or a string as "4GB" or "512MiB".
             With less than the gradients of all samples, some are computed more than once.
-        dtype: Precision to cast inputs to, or None for theirs.
+        dtype: Precision to compute in, or None for the widest of the parameters' and the floating-point inputs', at
+            least float32. Floating-point inputs are cast to it, others are not.
         features: "float32" keeps gradients in their precision. "tf32" lets a GPU round while it computes and multiplies
             them; "bfloat16" keeps them in half the memory. See :meth:`features_error`.
-        output: The one output to differentiate, or None for all.
+        output: The one output to differentiate, or None for all; or a function of what the network returns to (n,) or
+            (n, C), such as ``lambda out: out.logits[:, -1]``.
         full: Return all products of outputs, (n1, n2, C, C), instead of the normalized trace.
+        output2: A second function g of the same weights, for the kernel <grad f(x), grad g(x')> with f of ``output``:
+            the blocks of physics-informed networks, for example. It is not symmetric.
 
     Raises:
         ValueError: An argument is malformed, or the network has nothing to differentiate.
@@ -53,7 +69,13 @@ class EmpiricalNTK(nn.Module):
         >>> kernel = EmpiricalNTK(nn.Linear(2, 1, bias=False))
         >>> kernel(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
         tensor([[11.]])
+        >>> embedding = EmpiricalNTK(nn.Embedding(9, 1), output=lambda out: out.sum(1))
+        >>> embedding(torch.tensor([[1, 2, 2], [2, 3, 4]]))
+        tensor([[5., 2.],
+                [2., 3.]])
     """
+
+    output2: int | Callable[[Any], Tensor] | None = None
 
     def __init__(
         self,
@@ -62,13 +84,17 @@ class EmpiricalNTK(nn.Module):
         memory: str | int = "4GB",
         dtype: torch.dtype | None = None,
         features: Features = "float32",
-        output: int | None = None,
+        output: int | Callable[[Any], Tensor] | None = None,
         full: bool = False,
+        output2: int | Callable[[Any], Tensor] | None = None,
     ) -> None:
         super().__init__()
         if features not in ("float32", "tf32", "bfloat16"):
             raise ValueError(f'features must be "float32", "tf32" or "bfloat16", got {features!r}.')
-        if full and output is not None:
+        for o in (output, output2):
+            if o is not None and not callable(o) and (isinstance(o, bool) or not isinstance(o, int)):
+                raise ValueError(f"output must be None, a whole number or a function of what net returns, got {o!r}.")
+        if full and (isinstance(output, int) or isinstance(output2, int)):
             raise ValueError("full=True returns all outputs and output=... one: choose.")
         if dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"dtype must be torch.float32, torch.float64 or None, got {dtype}.")
@@ -77,8 +103,9 @@ class EmpiricalNTK(nn.Module):
             raise ValueError(
                 "The network has no parameter with requires_grad=True, so its NTK is empty: unfreeze some."
             )
-        with torch.inference_mode(False):
-            self.net = copy.deepcopy(net).requires_grad_(False)
+        self.net = copy_network(net)
+        for parameter in self.net.parameters():
+            parameter.requires_grad_(False)
         self.memory, self.dtype, self.features, self.output, self.full = (
             parse_bytes(memory),
             dtype,
@@ -86,6 +113,8 @@ class EmpiricalNTK(nn.Module):
             output,
             full,
         )
+        if output2 is not None:  # else it is no attribute, and no part of what names this kernel in a store
+            self.output2 = output2
 
     def train(self, mode: bool = True) -> Self:
         """Set this module's own flag; the copied network keeps the modes in which it was copied.
@@ -99,7 +128,7 @@ class EmpiricalNTK(nn.Module):
         self.training = mode
         return self
 
-    def forward(self, x1: Tensor, x2: Tensor | None = None, *, progress: bool = False) -> Tensor:
+    def forward(self, x1: Arguments, x2: Arguments | None = None, *, progress: bool = False) -> Tensor:
         """Compute the Gram matrix.
 
         Args:
@@ -111,25 +140,47 @@ class EmpiricalNTK(nn.Module):
             The kernel of all pairs, (n1, n2), or (n1, n2, C, C) with ``full``.
 
         Raises:
-            TypeError: An input is not a floating-point tensor.
-            ValueError: Inputs are malformed or lie elsewhere than the kernel, or the memory budget is too small.
+            TypeError: Inputs hold no tensor, or differ in structure.
+            ValueError: Inputs are malformed or lie elsewhere than the kernel, the network mixes samples or draws random
+                numbers, or the memory budget is too small.
             FloatingPointError: The network's outputs or gradients are not finite.
         """
-        with self._computing(x1, x2) as (rows, (x1, *others)):
-            if not others:
-                gram = _empty(rows, x1, x1)
-                self._panels(rows, x1, gram, [], progress)
-                check_finite(gram, _DIVERGED)
-                return gram
-            x2, out = others[0], _empty(rows, x1, others[0])
-            if len(x1) < len(x2):  # the smaller set is more likely to fit, and the other passes by once a panel
-                self._panels(rows, x1, None, [(x2, swap(out))], progress)
-            else:
-                self._panels(rows, x2, None, [(x1, out)], progress)
-            check_finite(out, _DIVERGED)
-            return out
+        with self._computing(x1, x2) as (rows, inputs):
+            return self._kernels(rows, inputs, progress)[0]
 
-    def gram_and_cross(self, x_train: Tensor, *x_tests: Tensor, progress: bool = False) -> tuple[Tensor, ...]:
+    def per_layer(self, x1: Arguments, x2: Arguments | None = None, *, progress: bool = False) -> dict[str, Tensor]:
+        """Compute the kernel of every module that has trainable parameters of its own, in one pass.
+
+        The kernel is a sum over parameters, K = sum_l <grad_{w_l} f(x), grad_{w_l} f(x')>, so these sum to it. A
+        parameter that several modules share counts once, for the first of them.
+
+        Args:
+            x1: Inputs (n1, ...).
+            x2: Inputs (n2, ...), or None for the symmetric kernels of x1.
+            progress: Show a progress bar.
+
+        Returns:
+            For each module, by its name in ``net.named_modules()``, what ``kernel(x1, x2)`` would return if all other
+            parameters were frozen.
+
+        Raises:
+            TypeError: Inputs hold no tensor, or differ in structure.
+            ValueError: Inputs are malformed or lie elsewhere than the kernel, the network mixes samples or draws random
+                numbers, or the memory budget is too small.
+            FloatingPointError: The network's outputs or gradients are not finite.
+
+        Example:
+            >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+            >>> kernel, x = EmpiricalNTK(net), torch.eye(2)
+            >>> kernels = kernel.per_layer(x)
+            >>> list(kernels), torch.allclose(sum(kernels.values()), kernel(x))
+            (['0', '2'], True)
+        """
+        with self._computing(x1, x2, per_layer=True) as (rows, inputs):
+            kernels = self._kernels(rows, inputs, progress)
+        return {part.name: kernel for part, kernel in zip(rows.parts, kernels, strict=True)}
+
+    def gram_and_cross(self, x_train: Arguments, *x_tests: Arguments, progress: bool = False) -> tuple[Tensor, ...]:
         """Compute the Gram of a training set and the kernels of test sets with it, from one set of gradients.
 
         Args:
@@ -141,19 +192,23 @@ class EmpiricalNTK(nn.Module):
             The training Gram (n, n), then for each test set the kernel (m, n).
 
         Raises:
-            TypeError: An input is not a floating-point tensor.
-            ValueError: Inputs are malformed or lie elsewhere than the kernel, or the memory budget is too small.
+            TypeError: Inputs hold no tensor, or differ in structure.
+            ValueError: Inputs are malformed or lie elsewhere than the kernel, the network mixes samples or draws random
+                numbers, or the memory budget is too small.
             FloatingPointError: The network's outputs or gradients are not finite.
         """
         with self._computing(x_train, *x_tests) as (rows, (x_train, *tests)):
+            if rows.partner is not rows:
+                return tuple(self._kernels(rows, [x, x_train], progress)[0] for x in (x_train, *tests))
             gram = _empty(rows, x_train, x_train)
             crosses = [_empty(rows, x, x_train) for x in tests]
             self._panels(rows, x_train, gram, list(zip(tests, crosses, strict=True)), progress)
-            for kernel in (gram, *crosses):
+            kernels = gram[0], *(cross[0] for cross in crosses)
+            for kernel in kernels:
                 check_finite(kernel, _DIVERGED)
-        return gram, *crosses
+        return kernels
 
-    def diag(self, x: Tensor) -> Tensor:
+    def diag(self, x: Arguments) -> Tensor:
         """Compute the kernel of every input with itself.
 
         Args:
@@ -163,24 +218,30 @@ class EmpiricalNTK(nn.Module):
             The diagonal of the Gram of x, (n,), or (n, C, C) with ``full``.
 
         Raises:
-            TypeError: The input is not a floating-point tensor.
-            ValueError: Inputs are malformed or lie elsewhere than the kernel, or the memory budget is too small.
+            TypeError: The inputs hold no tensor.
+            ValueError: Inputs are malformed or lie elsewhere than the kernel, the network mixes samples or draws random
+                numbers, or the memory budget is too small.
             FloatingPointError: The network's outputs or gradients are not finite.
         """
         with self._computing(x) as (rows, (x,)):
             chunk = chunk_size(self.memory, rows, x)[0]
-            features = x.new_empty(min(chunk, len(x)), rows.width)
+            makers = {rows, rows.partner}
+            space = {r: rows.cotangents.new_empty(min(chunk, len(x)), r.width) for r in makers}
             values = []
             for part in x.split(chunk):
-                filled = features[: len(part)]
-                rows.fill(filled, part)
-                values.append(rows.contract(filled, filled, lambda a, b: (a * b).sum(1)))
+                filled = {r: space[r][: len(part)] for r in makers}
+                for maker, out in filled.items():
+                    maker.fill(out, part)
+                values += rows.contract(filled[rows], filled[rows.partner], lambda a, b: (a * b).sum(1))
             diagonal = torch.cat(values)
         check_finite(diagonal, _DIVERGED, "kernel's diagonal entry", sides=1)
         return diagonal
 
-    def matvec(self, x: Tensor, v: Tensor, x2: Tensor | None = None) -> Tensor:
-        """Multiply the kernel with vectors without forming it: K(x2, x) v = J(x2) (J(x)^T v), by vjp, then jvp.
+    def matvec(self, x: Arguments, v: Tensor, x2: Arguments | None = None) -> Tensor:
+        """Multiply the kernel with vectors without forming it: K(x2, x) v = J(x2) (J(x)^T v), without gradient rows.
+
+        J(x)^T v is a vector-Jacobian product. J(x2) d is a Jacobian-vector product in forward mode where that gives
+        the derivative of reverse mode, else two passes of reverse mode.
 
         Args:
             x: Inputs (n, ...).
@@ -191,37 +252,41 @@ class EmpiricalNTK(nn.Module):
             The product, (m,) or (m, k); with ``full``, (m, C).
 
         Raises:
-            TypeError: An input is not a floating-point tensor.
+            TypeError: Inputs hold no tensor, or differ in structure.
             ValueError: Inputs or v are malformed, or the memory budget is too small.
             FloatingPointError: The network's outputs or gradients, or v, are not finite.
         """
-        with self._computing(x, *([] if x2 is None else [x2])) as (rows, (x, *others)):
-            outputs = len(rows.cotangents)
-            if len(v) != len(x) or v.dim() not in (1, 2) or (self.full and v.shape[1:] != (outputs,)):
+        with self._computing(x, x2) as (rows, inputs):
+            outputs = len(rows.partner.cotangents)
+            if len(v) != len(inputs[0]) or v.dim() not in (1, 2) or (self.full and v.shape[1:] != (outputs,)):
                 raise ValueError(
-                    f"v must be {f'(n, {outputs})' if self.full else '(n,) or (n, k)'} with n = {len(x)}, "
+                    f"v must be {f'(n, {outputs})' if self.full else '(n,) or (n, k)'} with n = {len(inputs[0])}, "
                     f"got {tuple(v.shape)}."
                 )
-            chunk, v = chunk_size(self.memory, rows, x)[0], v.to(x)
+            left, right = choose_products(rows, inputs), choose_products(rows.partner, inputs)
+            x, x2 = inputs[0], inputs[-1]
+            chunk, v = chunk_size(self.memory, rows, x)[0], v.to(rows.cotangents)
+            # K v sums over samples j and outputs b: sum_jb <grad f_a(x_i), grad f_b(x_j)> v_jb. With ``full`` the
+            # cotangents of J^T are v itself, all outputs at once. The normalized trace pairs equal outputs only,
+            # a = b: one product for every cotangent c, which already holds the factor 1 / sqrt(C).
             columns = [v] if self.full else v.reshape(len(x), -1).T
-            x2 = others[0] if others else x
             products = []
             for column in columns:
-                product = v.new_zeros(len(x2), outputs) if self.full else v.new_zeros(len(x2))
-                for c in rows.cotangents if not self.full else [None]:
-                    direction = _pull(rows, x, column if c is None else column[:, None] * c, chunk)
-                    pushed = torch.cat([_push(rows, part, direction) for part in x2.split(chunk)])
-                    product += pushed if c is None else pushed @ c
+                product = v.new_zeros(len(x2), *([len(rows.cotangents)] if self.full else []))
+                pairs = [(None, None)] if self.full else zip(left.cotangents, right.cotangents, strict=True)
+                for c, c2 in pairs:
+                    direction = _vjp(right, x, column if c2 is None else column[:, None] * c2, chunk)
+                    product += torch.cat([left.jvp(part, direction, c) for part in x2.split(chunk)])
                 products.append(product)
             product = products[0] if self.full or v.dim() == 1 else torch.stack(products, 1)
         check_finite(product, f"check v; {_DIVERGED}", "product's entry", sides=1)
         return product
 
-    def sharded(self, x1: Tensor, x2: Tensor | None = None, *, progress: bool = False) -> Tensor:
+    def sharded(self, x1: Arguments, x2: Arguments | None = None, *, progress: bool = False) -> Tensor:
         """Compute the Gram matrix on all ranks of the default process group together.
 
-        See :func:`~ntk_lightning.kernels.grams.distributed.sharded_gram`. Call it on every rank, with the same inputs
-        and weights.
+        Every rank computes a block of equal area. Call it on every rank, with the same inputs and weights; an error on
+        one rank ends the call on all, with one of its kind.
 
         Args:
             x1: Inputs (n1, ...).
@@ -232,13 +297,17 @@ class EmpiricalNTK(nn.Module):
             What ``kernel(x1, x2)`` returns, to rounding.
 
         Raises:
-            TypeError: An input is not a floating-point tensor.
-            ValueError: Inputs are malformed or lie elsewhere than the kernel, or the memory budget is too small.
+            TypeError: Inputs hold no tensor, or differ in structure.
+            ValueError: Inputs are malformed or lie elsewhere than the kernel, the network mixes samples or draws random
+                numbers, or the memory budget is too small.
             FloatingPointError: The network's outputs or gradients are not finite.
         """
-        return sharded_gram(self, x1, x2, progress=progress)
+        left: Any = Inputs.of(x1)  # has the length, the slices and the device of a tensor
+        if x2 is None and self.output2 is None:
+            return distributed_gram(self, left, progress=progress)
+        return distributed_cross(self, left, cast(Any, Inputs.of(x1 if x2 is None else x2)), progress=progress)
 
-    def features_error(self, x: Tensor) -> float:
+    def features_error(self, x: Arguments) -> float:
         """Report what reduced ``features`` cost in accuracy, on a few inputs.
 
         Args:
@@ -248,8 +317,9 @@ class EmpiricalNTK(nn.Module):
             The largest deviation of an entry of their Gram from that of float32 features, over the largest entry.
 
         Raises:
-            TypeError: The input is not a floating-point tensor.
-            ValueError: Inputs are malformed or lie elsewhere than the kernel, or the memory budget is too small.
+            TypeError: The inputs hold no tensor.
+            ValueError: Inputs are malformed or lie elsewhere than the kernel, the network mixes samples or draws random
+                numbers, or the memory budget is too small.
         """
         exact = copy.copy(self)
         exact.features = "float32"
@@ -257,78 +327,128 @@ class EmpiricalNTK(nn.Module):
         return float((self(x) - expected).abs().max() / expected.abs().max())
 
     @contextmanager
-    def _computing(self, *inputs: Tensor | None) -> Iterator[tuple[GradientRows, list[Tensor]]]:
+    def _computing(self, *sets: Arguments | None, per_layer: bool = False) -> Iterator[tuple[Rows, list[Inputs]]]:
         """Check and cast the inputs and lay out the gradients, in the precision and autograd mode that they need."""
-        x, *others = (x for x in inputs if x is not None)
-        check_inputs(x)
-        for other in others:
-            check_inputs(x, other)
-        dtype = self.dtype or at_least_float32(x.dtype)
+        inputs = [Inputs.of(x) for x in sets if x is not None]
+        check_inputs(inputs[0])
+        for other in inputs[1:]:
+            check_inputs(inputs[0], other)
+        device, dtype = inputs[0].device, self.dtype or self._widest(inputs[0])
         for tensor in itertools.chain(self.net.parameters(), self.net.buffers()):
-            if tensor.device != x.device:
+            if tensor.device != device:
                 raise ValueError(
-                    f"The kernel is on {tensor.device}, the inputs are on {x.device}: call kernel.to(x.device)."
+                    f"The kernel is on {tensor.device}, the inputs are on {device}: call kernel.to(x.device)."
                 )
         if self.features != "float32" and dtype == torch.float64:
             raise ValueError(f"features={self.features!r} is for float32 inputs, got {dtype}: use one or the other.")
-        if self.features == "tf32" and x.device.type != "cuda":
-            raise ValueError(f'features="tf32" needs a CUDA device, the inputs are on {x.device}: use "float32".')
+        if self.features == "tf32" and device.type != "cuda":
+            raise ValueError(f'features="tf32" needs a CUDA device, the inputs are on {device}: use "float32".')
+        check_modes(self.net)
         rounding: Literal["tf32", "ieee"] = "tf32" if self.features == "tf32" else "ieee"
-        with torch.inference_mode(False), torch.no_grad(), own_precision(x.device.type, rounding):
-            xs = [t.to(dtype).clone() if t.is_inference() else t.detach().to(dtype) for t in (x, *others)]
-            yield GradientRows(self.net, self.trainable, xs[0][:1], self.output, self.full), xs
+        function = NetworkFunction(self.net, self.trainable, self.output, self.full, dtype, device)
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            own_precision(device.type, rounding),
+            differentiable_attention(),
+            preserved(self.net),
+        ):
+            inputs = [x.cast(dtype) for x in inputs]
+            rows = choose_rows(function, inputs, per_layer, dense=self.output2 is not None)
+            if self.output2 is not None:
+                second = replace(function, output=self.output2)
+                rows.partner = choose_rows(second, inputs, per_layer, dense=True)
+                if not self.full and len(rows.cotangents) != len(rows.partner.cotangents):
+                    raise ValueError("output and output2 have different numbers of outputs: use full=True.")
+            yield rows, inputs
+
+    def _widest(self, x: Inputs) -> torch.dtype:
+        """The widest precision of the parameters and the floating-point inputs, at least float32."""
+        tensors = itertools.chain(self.net.parameters(), x.leaves)
+        dtypes = (tensor.real.dtype for tensor in tensors if tensor.is_floating_point() or tensor.is_complex())
+        return torch.float64 if any(at_least_float32(d) == torch.float64 for d in dtypes) else torch.float32
+
+    def _kernels(self, rows: Rows, inputs: list[Inputs], progress: bool) -> list[Tensor]:
+        """The kernel of one or two sets of inputs, part by part."""
+        x1, x2 = inputs[0], inputs[-1]
+        out = _empty(rows, x1, x2)
+        if rows.partner is not rows:
+            self._panels(rows, x2, None, [(x1, out)], progress)
+        elif len(inputs) == 1:
+            self._panels(rows, x1, out, [], progress)
+        elif len(x1) < len(x2):  # the smaller set is more likely to fit, and the other is read once a panel
+            self._panels(rows, x1, None, [(x2, list(map(swap, out)))], progress)
+        else:
+            self._panels(rows, x2, None, [(x1, out)], progress)
+        for kernel in out:
+            check_finite(kernel, _DIVERGED)
+        return out
 
     def _panels(
         self,
-        rows: GradientRows,
-        x: Tensor,
-        gram: Tensor | None,
-        streams: Sequence[tuple[Tensor, Tensor]],
+        rows: Rows,
+        x: Inputs,
+        grams: list[Tensor] | None,
+        crosses: Sequence[tuple[Inputs, list[Tensor]]],
         progress: bool,
     ) -> None:
-        """Fill the Gram of x, and for every (x', out) the kernel of x' with x, one panel of gradients of x at a time.
+        """Fill the Grams of x, and for every (x', out) the kernels of x' with x, one panel of gradients of x at a time.
 
-        Gradients of a panel stay; all others pass by in blocks, made anew for every panel.
+        Gradients of a panel stay; all others are made anew for every panel, one block at a time. The Gram of panels P1
+        to P3 of two blocks each is filled in this order, and its lower half is the transpose:
+
+                 P1    P2    P3
+            P1 | 1 1 | 3 4 | 5 6      1, 2: each block of P1 with itself and what is right of it in P1
+               |   2 | 3 4 | 5 6      3 to 6: blocks of P2 and P3, made anew, with all of P1
+            P2 |     | 7 7 | ...      7: the first block of P2 with all of P2, and so on
         """
-        n, passing, half = len(x), sum(len(other) for other, _ in streams), self.features == "bfloat16"
-        plan, dtype = divide(self.memory, rows, x, passing, half), torch.bfloat16 if half else x.dtype
-        panel_rows = x.new_empty(plan.panel, rows.width, dtype=dtype)
-        block_rows = x.new_empty(plan.block if streams or plan.panel < n else 0, rows.width, dtype=dtype)
+        n, half, dtype = len(x), self.features == "bfloat16", rows.function.dtype
+        num_others = sum(len(other) for other, _ in crosses)
+        plans = [divide(self.memory, r, x, num_others, half) for r in {rows, rows.partner}]
+        plan, kept = min(plans, key=lambda p: (p.panel, p.chunk)), torch.bfloat16 if half else dtype
+        panel_rows = torch.empty(plan.panel, rows.partner.width, dtype=kept, device=x.device)
+        block_size = plan.block if crosses or plan.panel < n else 0
+        block_rows = torch.empty(block_size, rows.width, dtype=kept, device=x.device)
         starts = range(0, n, plan.panel)
-        total = sum((n - s if gram is not None else min(plan.panel, n - s)) + passing for s in starts)
+        total = sum((n - s if grams is not None else min(plan.panel, n - s)) + num_others for s in starts)
         with progress_bar("empirical NTK", total, "samples", enabled=progress) as advance:
 
-            def fill(out: Tensor, inputs: Tensor) -> Tensor:
+            def fill(out: Tensor, inputs: Inputs, maker: Rows = rows) -> Tensor:
                 for i in range(0, len(inputs), plan.chunk):
                     part = inputs[i : i + plan.chunk]
-                    rows.fill(out[i : i + len(part)], part)
+                    maker.fill(out[i : i + len(part)], part)
                     advance(len(part))
                 return out[: len(inputs)]
 
             for start in starts:
                 stop = min(start + plan.panel, n)
-                panel = fill(panel_rows, x[start:stop])
-                if gram is not None:
-                    for i in range(start, stop, plan.block):
+                panel = fill(panel_rows, x[start:stop], rows.partner)
+                if grams is not None:
+                    for i in range(start, stop, plan.block):  # within the panel: the block and all to its right
                         j = min(i + plan.block, stop)
-                        product = rows.contract(panel[i - start : j - start], panel[i - start :], _matmul)
-                        square = product[:, : j - i]
-                        square.copy_((square + swap(square)) / 2)
-                        gram[i:j, i:stop] = product
-                        gram[j:stop, i:j] = swap(product[:, j - i :])
-                    for i in range(stop, n, plan.block):
+                        products = rows.contract(panel[i - start : j - start], panel[i - start :], _matmul)
+                        for gram, product in zip(grams, products, strict=True):
+                            square = product[:, : j - i]
+                            square.copy_((square + swap(square)) / 2)
+                            gram[i:j, i:stop] = product
+                            gram[j:stop, i:j] = swap(product[:, j - i :])
+                    for i in range(stop, n, plan.block):  # later panels' samples with this panel
                         j = min(i + plan.block, n)
-                        gram[i:j, start:stop] = rows.contract(fill(block_rows, x[i:j]), panel, _matmul)
-                        gram[start:stop, i:j] = swap(gram[i:j, start:stop])
-                for other, out in streams:
+                        products = rows.contract(fill(block_rows, x[i:j]), panel, _matmul)
+                        for gram, product in zip(grams, products, strict=True):
+                            gram[i:j, start:stop] = product
+                            gram[start:stop, i:j] = swap(product)
+                for other, outs in crosses:
                     for i in range(0, len(other), plan.block):
                         block = fill(block_rows, other[i : i + plan.block])
-                        out[i : i + len(block), start:stop] = rows.contract(block, panel, _matmul)
+                        for out, product in zip(outs, rows.contract(block, panel, _matmul), strict=True):
+                            out[i : i + len(block), start:stop] = product
 
 
-def _empty(rows: GradientRows, x1: Tensor, x2: Tensor) -> Tensor:
-    outputs = (len(rows.cotangents),) * 2 if rows.full else ()
-    return x1.new_empty(len(x1), len(x2), *outputs)
+def _empty(rows: Rows, x1: Inputs, x2: Inputs) -> list[Tensor]:
+    """Kernels to be filled, (n1, n2) or (n1, n2, C, C), one a part."""
+    outputs = (len(rows.cotangents), len(rows.partner.cotangents)) if rows.full else ()
+    return [rows.cotangents.new_empty(len(x1), len(x2), *outputs) for _ in rows.parts]
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -339,17 +459,11 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def _pull(rows: GradientRows, x: Tensor, cotangent: Tensor, chunk: int) -> dict[str, Tensor]:
-    """J(x)^T applied to cotangents (n, C) of the outputs, summed over chunks."""
-    total = {name: torch.zeros_like(weight) for name, weight in rows.trainable.items()}
-    for part, weights in zip(x.split(chunk), cotangent.split(chunk), strict=True):
-        pull = vjp(lambda w, part=part: rows.predict(w, part), rows.trainable)[1]
-        for name, gradient in pull(weights)[0].items():
+def _vjp(rows: Rows, x: Inputs, cotangent: Tensor, chunk: int) -> Weights:
+    """J(x)^T applied to cotangents (n, C) of the outputs, a chunk of samples at a time."""
+    chunks = zip(x.split(chunk), cotangent.split(chunk), strict=True)
+    total = rows.vjp(*next(chunks))
+    for part, u in chunks:
+        for name, gradient in rows.vjp(part, u).items():
             total[name] += gradient
     return total
-
-
-def _push(rows: GradientRows, x: Tensor, direction: dict[str, Tensor]) -> Tensor:
-    """J(x) applied to a direction of the weights, (n, C)."""
-    pushed: Tensor = jvp(lambda weights: rows.predict(weights, x), (rows.trainable,), (direction,))[1]
-    return pushed

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from ntk_lightning.kernels.empirical.gradients import GradientRows
+from ntk_lightning.kernels.empirical.inputs import Inputs
+from ntk_lightning.kernels.empirical.rows import Rows
 
 __all__ = ["SLICE_COLUMNS", "Plan", "chunk_size", "divide", "parse_bytes"]
 
@@ -20,14 +19,14 @@ _BLOCK = 128
 
 @dataclass(frozen=True)
 class Plan:
-    """How many samples' gradients are formed at once, pass by at once, and stay."""
+    """Samples whose gradients are formed at once, are multiplied with a panel at once, and stay."""
 
     chunk: int
     block: int
     panel: int
 
 
-def chunk_size(budget: int, rows: GradientRows, x: Tensor, kept: int = 0) -> tuple[int, int]:
+def chunk_size(budget: int, rows: Rows, x: Inputs, kept: int = 0) -> tuple[int, int]:
     """Choose how many samples' gradients to form at once, in a quarter of a memory budget at most, by a trial.
 
     Args:
@@ -42,25 +41,30 @@ def chunk_size(budget: int, rows: GradientRows, x: Tensor, kept: int = 0) -> tup
     Raises:
         ValueError: The budget does not suffice for one sample.
     """
-    one, two = (rows.workspace(x[:1].expand(k, *x.shape[1:])) for k in (1, 2))
+    # What a chunk allocates is linear in its samples, one + (chunk - 1) * (two - one): chunks of 1 and 2 samples are
+    # made to see the offset (weights in another layout, for example) and the slope.
+    one = rows.workspace(x.first())
     if one + kept > budget:
         raise ValueError(
             f"memory={budget / 1e6:.1f}MB cannot hold the gradients needed at once: "
             f"it takes {(one + kept) / 1e6:.1f}MB at the least, and is faster with more."
         )
+    if rows.one_by_one:
+        return 1, one
+    two = rows.workspace(x.first(2))
     limit = min(budget // 4, _CHUNK_BYTES.get(x.device.type, _CHUNK_BYTES["cuda"]))
     chunk = max(1, 1 + (limit - one) // (two - one))
     return chunk, one + (chunk - 1) * (two - one)
 
 
-def divide(budget: int, rows: GradientRows, x: Tensor, passing: int, half: bool) -> Plan:
+def divide(budget: int, rows: Rows, x: Inputs, others: int, half: bool) -> Plan:
     """Divide a memory budget for the Gram of x.
 
     Args:
         budget: Bytes for everything besides inputs and results.
         rows: The rows' layout.
         x: Inputs (n, ...) whose gradients stay, a panel of them at a time.
-        passing: Other inputs that pass by every panel.
+        others: How many other inputs are multiplied with every panel.
         half: Keep rows in bfloat16.
 
     Returns:
@@ -69,16 +73,20 @@ def divide(budget: int, rows: GradientRows, x: Tensor, passing: int, half: bool)
     Raises:
         ValueError: The budget cannot hold the gradients of one pair of samples.
     """
-    n, item = len(x), x.element_size()
+    n, item = len(x), rows.function.dtype.itemsize
+    # One row; rows in bfloat16 also need a slice of it in float32 while it is multiplied.
     row = rows.width * (2 if half else item) + half * 4 * min(rows.width, SLICE_COLUMNS)
-    pair = (5 + 2 * rows.full * rows.groups**2) * item
+    # One pair of samples of a block of the Gram: the product of each part, and the four temporaries of the one in work
+    # (two factors, one slice's product, their sum); outputs kept apart are also stacked twice.
+    pair = (4 + len(rows.parts) * (1 + 2 * rows.full * rows.groups**2)) * item
     chunk, work = chunk_size(budget, rows, x, kept=2 * row + pair)
     free = budget - work
+    # A block's rows take an eighth of what is free at most, the panel's rows and one block of the Gram the rest.
     block = max(1, min(_BLOCK, n, free // (8 * row)))
-    if not passing and n * (row + block * pair) <= free:
+    if not others and n * (row + block * pair) <= free:
         return Plan(chunk, block, n)
     panel = min(n, (free - block * row) // (row + block * pair))
-    return Plan(chunk, block, -(-n // -(-n // panel)))
+    return Plan(chunk, block, -(-n // -(-n // panel)))  # as many panels, of equal size
 
 
 def parse_bytes(memory: str | int) -> int:

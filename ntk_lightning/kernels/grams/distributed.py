@@ -2,54 +2,132 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
 from ntk_lightning.kernels.checks import check_inputs
+from ntk_lightning.kernels.grams.agreement import agree_on_kernel, agree_on_tensors
+from ntk_lightning.kernels.grams.gram_and_cross import GramAndCross, Kernel, gram_and_cross
+from ntk_lightning.pytrees import named_tensors
 
-__all__ = ["gather_or_raise", "place", "sharded_gram", "sharded_gram_and_cross", "swap"]
+__all__ = [
+    "distributed_cross",
+    "distributed_gram",
+    "distributed_gram_and_cross",
+    "gather_or_raise",
+    "rank_and_world_size",
+    "swap",
+]
 
 _Piece = tuple[int, slice, slice, Tensor]  # number of a matrix, its rows and columns, and their values
 
 
-def sharded_gram(
-    kernel: Callable[..., Tensor], x1: Tensor, x2: Tensor | None = None, *, progress: bool = False
-) -> Tensor:
-    """Compute a Gram on all ranks of the default process group together.
+def distributed_gram_and_cross(local: GramAndCross) -> GramAndCross:
+    """Divide the two matrices of a fit among the ranks of the default process group.
 
-    Every rank computes a block of rows; of a symmetric Gram only its upper half, in blocks of equal area.
-    Call it on every rank, with the same inputs and kernel. An error on one rank ends the call on all, with one of its
-    kind.
+    Every rank computes a block of columns, of the Gram only the lower half; all blocks have equal area. The function
+    that is returned is called on every rank, with the same inputs, which checksums compare. An error on one rank ends
+    the call on all, with one of its kind.
 
     Args:
-        kernel: Maps (n1, ...), (n2, ...) to (n1, n2), or (n1, ...) alone to its symmetric Gram.
-        x1: Inputs (n1, ...).
-        x2: Inputs (n2, ...), or None for the symmetric Gram of x1.
+        local: Computes the matrices in one process, the same ones on every rank; where they are a network's, call
+            :func:`~ntk_lightning.kernels.grams.agreement.agree_on_kernel` before.
+
+    Returns:
+        A function with the values of ``local``, to rounding and in its dtype; without a process group, exactly those.
+        It raises the errors of ``local``, and ValueError and TypeError of malformed inputs.
+
+    Example:
+        >>> linear = lambda x1, x2=None, *, progress=False: x1 @ (x1 if x2 is None else x2).T
+        >>> distributed_gram_and_cross(gram_and_cross(linear))(torch.eye(2))
+        (tensor([[1., 0.],
+                [0., 1.]]),)
+    """
+
+    def divided(x_train: Tensor, /, *x_others: Tensor) -> tuple[Tensor, ...]:
+        rank, ranks = rank_and_world_size()
+        if ranks == 1:
+            return local(x_train, *x_others)
+        _agree_on_inputs(x_train, *x_others)
+        n = len(x_train)
+
+        def pieces() -> list[_Piece]:
+            for x in x_others or (None,):
+                check_inputs(x_train, x)
+            start, stop = (_column(n, sum(map(len, x_others)), r / ranks) for r in (rank, rank + 1))
+            mine, below = x_train[start:stop], x_train[stop:]
+            if not len(mine):
+                return []
+            # my columns of the lower half: a square on the diagonal, the block below it, and all rows of the others
+            square, *blocks = local(mine, *([below] if len(below) else []), *x_others)
+            here, after = slice(start, stop), slice(stop, None)
+            found: list[_Piece] = [(0, here, here, square)]
+            if len(below):
+                block = blocks.pop(0)
+                found += [(0, after, here, block), (0, here, after, swap(block))]
+            return found + [(i, slice(None), here, block) for i, block in enumerate(blocks, 1)]
+
+        return _exchange(pieces, [(len(x), n) for x in (x_train, *x_others)], x_train.device)
+
+    return divided
+
+
+def _column(n: int, m: int, share: float) -> int:
+    """Column of the lower half of an (n, n) Gram above an (m, n) block, left of which lies this share of their area."""
+    # Column c holds n - c entries of the Gram and m of the others. With u = c / n and r = 1 + m / n, the columns up to
+    # u have the area n^2 (r u - u^2 / 2), of n^2 (r - 1/2) in all. Setting the first to `share` of the second gives
+    # u^2 - 2 r u + (2 r - 1) share = 0, whose smaller root lies in [0, 1].
+    r = 1 + m / n
+    u = r - math.sqrt(max(0.0, r**2 - (2 * r - 1) * share))
+    return round(n * u)
+
+
+def distributed_gram(kernel: Kernel, x: Tensor, *, progress: bool = False) -> Tensor:
+    """Compute a symmetric Gram on all ranks of the default process group together.
+
+    Checksums compare the inputs and the parameters of a kernel that is an ``nn.Module``; its buffers become those of
+    rank zero.
+
+    Args:
+        kernel: The same on every rank.
+        x: Inputs (n, ...), the same on every rank.
         progress: Show a progress bar, on rank zero.
 
     Returns:
-        What ``kernel(x1, x2)`` returns, to rounding and in its dtype; without a process group, exactly that.
-
-    Raises:
-        TypeError: An input is not a floating-point tensor.
-        ValueError: Inputs are malformed.
-        FloatingPointError: The kernel is not finite.
-
-    Example:
-        >>> import torch
-        >>> sharded_gram(lambda x1, x2=None, progress=False: x1 @ (x1 if x2 is None else x2).T, torch.eye(2))
-        tensor([[1., 0.],
-                [0., 1.]])
+        What ``kernel(x)`` returns, (n, n), to rounding and in its dtype; without a process group, exactly that.
     """
-    rank, ranks = place()
-    progress = progress and rank == 0
+    if rank_and_world_size()[1] == 1:
+        return kernel(x, progress=progress)
+    agree_on_kernel(kernel)
+    (gram,) = distributed_gram_and_cross(gram_and_cross(kernel, progress=progress))(x)
+    return gram
+
+
+def distributed_cross(kernel: Kernel, x1: Tensor, x2: Tensor, *, progress: bool = False) -> Tensor:
+    """Compute the kernel of two sets on all ranks of the default process group together, each a block of rows.
+
+    Call it on every rank. An error on one rank ends the call on all, with one of its kind. Inputs and kernel are
+    compared as for :func:`distributed_gram`.
+
+    Args:
+        kernel: The same on every rank.
+        x1: Inputs (n1, ...), the same on every rank.
+        x2: Inputs (n2, ...), the same on every rank.
+        progress: Show a progress bar, on rank zero.
+
+    Returns:
+        What ``kernel(x1, x2)`` returns, (n1, n2), to rounding and in its dtype; without a process group, exactly that.
+    """
+    rank, ranks = rank_and_world_size()
     if ranks == 1:
-        return kernel(x1, progress=progress) if x2 is None else kernel(x1, x2, progress=progress)
-    if x2 is None:
-        return sharded_gram_and_cross(kernel, x1, progress=progress)[0]
+        return kernel(x1, x2, progress=progress)
+    _agree_on_inputs(x1, x2)
+    agree_on_kernel(kernel)
     rows = slice(*(round(len(x1) * r / ranks) for r in (rank, rank + 1)))
 
     def pieces() -> list[_Piece]:
@@ -59,60 +137,17 @@ def sharded_gram(
     return _exchange(pieces, [(len(x1), len(x2))], x1.device)[0]
 
 
-def sharded_gram_and_cross(
-    kernel: Callable[..., Tensor], x_train: Tensor, *x_tests: Tensor, progress: bool = False
-) -> tuple[Tensor, ...]:
-    """Compute the Gram of a training set and the kernels of test sets with it on all ranks together.
+def _agree_on_inputs(*inputs: Tensor) -> None:
+    """Raise on all ranks where their inputs differ, before anything is computed."""
+    agree_on_tensors(
+        dict(itertools.chain.from_iterable(_tensors(x, f"inputs {i}") for i, x in enumerate(inputs, 1))),
+        "every process must pass the same samples in the same order, so seed whatever draws or splits them.",
+    )
 
-    Every rank computes a block of columns, of the Gram only the lower half; all blocks have equal area. Call it on
-    every rank, with the same inputs and kernel. An error on one rank ends the call on all, with one of its kind.
 
-    Args:
-        kernel: As for :func:`sharded_gram`. Its method ``gram_and_cross`` is used where it has one.
-        x_train: Inputs (n, ...).
-        *x_tests: Any number of inputs (m, ...).
-        progress: Show a progress bar, on rank zero.
-
-    Returns:
-        The training Gram (n, n), then for each test set the kernel (m, n), in the kernel's dtype.
-
-    Raises:
-        TypeError: An input is not a floating-point tensor.
-        ValueError: Inputs are malformed.
-        FloatingPointError: The kernel is not finite.
-    """
-    rank, ranks = place()
-    progress = progress and rank == 0
-    together: Callable[..., tuple[Tensor, ...]] | None = getattr(kernel, "gram_and_cross", None)
-
-    def columns(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-        if together is not None:
-            return together(x, *others, progress=progress)
-        return kernel(x, progress=progress), *(kernel(other, x, progress=progress) for other in others)
-
-    if ranks == 1:
-        return columns(x_train, *x_tests)
-    n = len(x_train)
-
-    def pieces() -> list[_Piece]:
-        for x in x_tests or (None,):
-            check_inputs(x_train, x)
-        ratio = 1 + sum(map(len, x_tests)) / n
-        start, stop = (
-            round(n * (ratio - max(0.0, ratio**2 - (2 * ratio - 1) * r / ranks) ** 0.5)) for r in (rank, rank + 1)
-        )
-        mine, below = x_train[start:stop], x_train[stop:]
-        if not len(mine):
-            return []
-        square, *blocks = columns(mine, *([below] if len(below) else []), *x_tests)
-        here, after = slice(start, stop), slice(stop, None)
-        found: list[_Piece] = [(0, here, here, square)]
-        if len(below):
-            block = blocks.pop(0)
-            found += [(0, after, here, block), (0, here, after, swap(block))]
-        return found + [(i, slice(None), here, block) for i, block in enumerate(blocks, 1)]
-
-    return _exchange(pieces, [(len(x), n) for x in (x_train, *x_tests)], x_train.device)
+def _tensors(x: object, name: str) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a network's arguments, which EmpiricalNTK hands over as one object that can be cut."""
+    return named_tensors(getattr(x, "leaves", x), name)
 
 
 def _exchange(
@@ -179,11 +214,11 @@ def swap(kernel: Tensor) -> Tensor:
     return kernel.transpose(0, 1).transpose(2, 3) if kernel.dim() == 4 else kernel.T
 
 
-def place() -> tuple[int, int]:
-    """Tell which process this is.
+def rank_and_world_size() -> tuple[int, int]:
+    """Give rank and number of processes of the default process group.
 
     Returns:
-        Rank and number of processes of the default process group; 0 and 1 without one.
+        Both; (0, 1) without a process group.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1

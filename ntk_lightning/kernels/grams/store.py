@@ -1,48 +1,43 @@
 """Grams on disk: computed once, block by block, by any number of processes.
 
-Content names everything. A folder is named by a hash of the kernel (``kernel_key``). In it a block is one Zarr v3
-array named by the hashes of its two groups of samples (dtype, shape and bytes), the smaller hash first, which is also
-the order in which it is computed; its transpose is never stored. So a larger data set that begins with the same samples
-finds all earlier full blocks, one folder serves any number of kernels and data sets, and no index has to be kept in
-step with the blocks.
+Content names everything. A folder is named by a hash of the kernel (``kernel_key``). In it a block is one file, a
+zipped Zarr array, named by the hashes of its two groups of samples (dtype, shape and bytes), the smaller hash first,
+which is also the order in which it is computed; its transpose is never stored. So a larger data set that begins with
+the same samples finds all earlier full blocks, one folder serves any number of kernels and data sets, and no index has
+to be kept in step with the blocks. Version 0.1 stored a block as a folder of two files; these are read as they are.
 
-A block is written beside its place, flushed, and moved there by one rename: what has the final name is complete, and
-processes need no locks. Its bytes are not compressed (Grams hardly shrink) and carry Zarr's crc32c checksum, checked on
-every read.
-
-Longer than 300 lines, since reading, writing and dividing the blocks rest on the same invariants, told above.
+A block is written beside its place, flushed, and renamed: what has the final name is complete, and processes need no
+locks. Its checksums are compared at every read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import logging
-import os
 import random
 import shutil
-import time
-import uuid
+import tempfile
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ntk_lightning.atomic_files import atomic_write, remove_stale, writing
 from ntk_lightning.kernels.checks import check_inputs
+from ntk_lightning.kernels.grams.block_file import read_block, write_block
 from ntk_lightning.kernels.grams.kernel_key import describe, digest, kernel_key
 from ntk_lightning.precision import at_least_float32
 from ntk_lightning.progress import progress_bar
+from ntk_lightning.whole_number import check_size
 
-__all__ = ["BlockId", "KernelStore", "compute_on_ray"]
+__all__ = ["BlockId", "KernelStore"]
 
 BlockId = tuple[int, int]
 
-_log = logging.getLogger(__name__)
-_STALE_SECONDS = 3600.0  # no write takes this long: a temporary folder of this age belongs to a killed process
+_ADVICE = "Make room there or choose another folder; finished blocks are kept and the next run goes on from them"
 
 
 class KernelStore:
@@ -60,7 +55,7 @@ class KernelStore:
             anew for every block, so larger ones are faster.
 
     Raises:
-        TypeError: The inputs are not floating point, or the kernel cannot be named.
+        TypeError: The inputs are not floating point, ``block`` is no whole number, or the kernel cannot be named.
         ValueError: The inputs are malformed, or ``block`` is not positive.
 
     Example:
@@ -77,8 +72,7 @@ class KernelStore:
 
     def __init__(self, folder: str | Path, kernel: Callable[..., Tensor], x: Tensor, *, block: int = 256) -> None:
         check_inputs(x)
-        if block < 1:
-            raise ValueError(f"block must be at least 1 sample, got {block}.")
+        check_size("block", block, 1)
         self.kernel, self.x, self.block = kernel, x.detach(), block
         self.folder = Path(folder).expanduser().resolve() / kernel_key(kernel)
         self._names = [digest(samples) for samples in self.x.split(block)]
@@ -172,7 +166,7 @@ class KernelStore:
         Raises:
             OSError: The folder cannot be written, or its disk lacks the room.
         """
-        self._prepare([block_id for block_id in self.block_ids if not self._path(*self._ordered(block_id)).is_dir()])
+        self._prepare([block_id for block_id in self.block_ids if not self._stored(*self._ordered(block_id))])
 
     def _blocks(self, block_ids: Iterable[BlockId], progress: bool) -> Iterator[tuple[BlockId, Tensor]]:
         """Yield the blocks that are stored, then the others as they are computed; all as :meth:`_ordered` has them."""
@@ -202,28 +196,22 @@ class KernelStore:
                 yield (a, b), values
 
     def _prepare(self, pending: Collection[BlockId]) -> None:
-        """Make the folder, and check that these blocks can be written, before they are computed."""
-        import zarr  # here and below: half a second that only stores need to spend
+        """Make the folder, and check that these blocks can be written, before any of them is computed."""
+        import zarr  # half a second that only stores need to spend
         from zarr.errors import ContainsGroupError
 
-        try:
+        with writing(self.folder, _ADVICE):
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / "zarr.json").exists():
                 with contextlib.suppress(ContainsGroupError):  # another process has just made it
                     zarr.create_group(self.folder, zarr_format=3, attributes={"kernel": describe(self.kernel)})
-            probe = self._temporary()
-            probe.mkdir()
-            probe.rmdir()
             needed = sum(map(self._pairs, pending)) * at_least_float32(self.x.dtype).itemsize
             free = shutil.disk_usage(self.folder).free
             if needed > free:
                 raise OSError(errno.ENOSPC, f"{needed / 2**20:,.1f} MiB needed, {free / 2**20:,.1f} MiB free")
-        except OSError as error:
-            raise self._cannot_write(error) from error
-        for temporary in self.folder.glob(".*.partial"):
-            with contextlib.suppress(FileNotFoundError):  # its process has just finished it
-                if time.time() - temporary.stat().st_mtime > _STALE_SECONDS:
-                    shutil.rmtree(temporary, ignore_errors=True)
+            with tempfile.TemporaryFile(dir=self.folder):  # files can be made here
+                pass
+        remove_stale(self.folder)
 
     def _compute(self, a: int, b: int) -> Tensor:
         x1, x2 = (self.x[k * self.block : (k + 1) * self.block] for k in (a, b))
@@ -243,59 +231,17 @@ class KernelStore:
 
     def _read(self, a: int, b: int) -> Tensor | None:
         """The stored block, or None where it is absent or damaged."""
-        import zarr
-
-        path = self._path(a, b)
-        if not path.is_dir():
-            return None
-        try:
-            array = zarr.open_array(path, mode="r", zarr_format=3)
-            if array.shape != (self._side(a), self._side(b)) or array.dtype.name not in ("float32", "float64"):
-                return None
-            values = torch.from_numpy(array[:])
-        except (FileNotFoundError, KeyError, TypeError, ValueError):  # a wrong checksum, lost or broken metadata
-            return None
-        return values if torch.isfinite(values).all() else None  # a lost chunk reads as its fill value, NaN
+        shape = self._side(a), self._side(b)
+        values = read_block(self._path(a, b), shape)
+        return read_block(self._folder_of_0_1(a, b), shape) if values is None else values
 
     def _write(self, a: int, b: int, values: Tensor) -> None:
         """Put a finished block in its place, unless another process was first."""
-        import zarr
-        from zarr.codecs import Crc32cCodec
-
-        path, temporary = self._path(a, b), self._temporary()
-        try:
-            zarr.create_array(
-                temporary,
-                data=values.contiguous().numpy(),
-                chunks=tuple(values.shape),
-                compressors=[Crc32cCodec()],
-                filters=None,
-                fill_value=float("nan"),
-                zarr_format=3,
-                chunk_key_encoding={"name": "default", "separator": "."},
-            )
-            for part in (*temporary.iterdir(), temporary):
-                _flush(part)
-            if path.exists() and self._read(a, b) is None:
-                warnings.warn(f"Block {path} was damaged: it has been computed again.", RuntimeWarning, stacklevel=2)
-                shutil.rmtree(path)
-            try:
-                temporary.rename(path)
-            except OSError:
-                if not path.exists():
-                    raise
-            _flush(self.folder)
-        except OSError as error:
-            raise self._cannot_write(error) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-    def _cannot_write(self, error: OSError) -> OSError:
-        return OSError(
-            error.errno,
-            f"Cannot write kernel blocks in {self.folder}: {error.strerror or error}. Make room there or choose "
-            "another folder; finished blocks are kept and the next run goes on from them",
-        )
+        path = self._path(a, b)
+        if self._stored(a, b) and self._read(a, b) is None:
+            warnings.warn(f"Block {path} was damaged: it has been computed again.", RuntimeWarning, stacklevel=2)
+        with atomic_write(path, _ADVICE, keep=lambda _: self._read(a, b) is not None) as temporary:
+            write_block(temporary, values)
 
     def _side(self, k: int) -> int:
         return min(self.block, len(self.x) - k * self.block)
@@ -311,10 +257,14 @@ class KernelStore:
         return (i, j) if self._names[i] <= self._names[j] else (j, i)
 
     def _path(self, a: int, b: int) -> Path:
+        return self.folder / f"{self._names[a]}-{self._names[b]}.zarr.zip"
+
+    def _folder_of_0_1(self, a: int, b: int) -> Path:
         return self.folder / f"{self._names[a]}-{self._names[b]}"
 
-    def _temporary(self) -> Path:
-        return self.folder / f".{uuid.uuid4().hex}.partial"
+    def _stored(self, a: int, b: int) -> bool:
+        """Tell whether the block is there, damaged or not."""
+        return self._path(a, b).exists() or self._folder_of_0_1(a, b).exists()
 
     def _parts(self, which: slice | Sequence[int] | Tensor) -> tuple[dict[int, tuple[Tensor, Tensor]], int]:
         """For each block that holds chosen samples: their places in the choice and in the block; and their number."""
@@ -324,78 +274,3 @@ class KernelStore:
         owner = index // self.block
         places = {int(k): (owner == k).nonzero()[:, 0] for k in owner.unique()}
         return {k: (place, index[place] - k * self.block) for k, place in places.items()}, len(index)
-
-
-def compute_on_ray(
-    store: KernelStore,
-    *,
-    address: str | None = None,
-    num_cpus: float = 1,
-    num_gpus: float = 0,
-    progress: bool = True,
-) -> None:
-    """Compute a store's missing blocks as Ray tasks, one a block; in this process where Ray is not installed.
-
-    Args:
-        store: Its folder must lie where every node of the cluster sees it.
-        address: The cluster's address; None starts Ray on this machine. A running connection is used as it is.
-        num_cpus: Cores a task.
-        num_gpus: GPUs a task; above 0, samples and kernel are moved to the task's GPU.
-        progress: Show a progress bar.
-
-    Raises:
-        OSError: A block cannot be written; the finished ones are kept.
-        RuntimeError: The tasks ended but blocks are missing: the nodes do not see the same folder.
-    """
-    try:
-        import ray
-    except ImportError:
-        _log.warning("Ray is not installed (pip install ray): computing the blocks in this process.")
-        store.compute(progress=progress)
-        return
-    pending = store.missing()
-    store._prepare(pending)
-    started = not ray.is_initialized()
-    if started:
-        ray.init(address=address or os.environ.get("RAY_ADDRESS", "local"))  # None would look for old clusters first
-    threads = str(max(1, int(num_cpus)))
-    options: dict[str, Any] = {
-        "num_cpus": num_cpus,
-        "num_gpus": num_gpus,
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}},
-    }
-    try:
-        task, shared = ray.remote(**options)(_compute_block), ray.put(store)
-        running = {task.remote(shared, block_id, num_gpus > 0): block_id for block_id in pending}
-        with progress_bar("kernel blocks", sum(map(store._pairs, pending)), "pairs", enabled=progress) as advance:
-            while running:
-                for done in ray.wait(list(running))[0]:
-                    ray.get(done)
-                    advance(store._pairs(running.pop(done)))
-    finally:
-        if started:
-            ray.shutdown()
-    if left := store.missing():
-        raise RuntimeError(
-            f"{len(left)} blocks are not in {store.folder} although their tasks ended: choose a folder that all nodes "
-            "of the cluster share."
-        )
-
-
-def _compute_block(store: KernelStore, block_id: BlockId, on_gpu: bool) -> None:
-    """One Ray task."""
-    if on_gpu:
-        store.x = store.x.cuda()
-        if isinstance(store.kernel, nn.Module):
-            store.kernel.cuda()
-    store.compute([block_id], progress=False)
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold a file or folder; a power cut between cannot then undo what the caller relies on."""
-    if os.name == "posix":  # elsewhere folders cannot be opened, and the checksum finds what was lost
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

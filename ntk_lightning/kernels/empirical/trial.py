@@ -1,0 +1,224 @@
+"""Which way a network's gradients are made, chosen by trying it on two samples.
+
+Plain autograd is the reference. A network that draws random numbers or mixes samples has no kernel, and is refused.
+What vmap makes of two samples must equal plain autograd, or the rows are made one by one.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ntk_lightning.kernels.empirical.derivatives import ForwardModeWatch, is_adjoint
+from ntk_lightning.kernels.empirical.gradients import GradientRows
+from ntk_lightning.kernels.empirical.inputs import Inputs
+from ntk_lightning.kernels.empirical.network_function import NetworkFunction
+from ntk_lightning.kernels.empirical.rows import AllocationMeter, Rows, real_flat
+from ntk_lightning.kernels.empirical.sample_independence import (
+    agree,
+    check_samples_apart,
+    no_random_numbers,
+    outputs_of,
+)
+from ntk_lightning.kernels.empirical.slow_path import OneByOneRows, PlainNetwork
+from ntk_lightning.networks import Erf, NTKConv2d, NTKLinear, Residual
+
+__all__ = ["choose_products", "choose_rows"]
+
+_Way = Literal["at once", "by branch", "one by one", "forward", "reverse"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Found:
+    """How the gradients of a network are made; what one pass of plain autograd gives and allocates."""
+
+    way: _Way
+    products: _Way | None = None  # how J d is computed, once that was asked
+    num_outputs: int = 0
+    nbytes: int = 0
+
+
+# Layers that neither mix samples (check_modes refuses batch norm in training) nor draw random numbers, and that vmap
+# and both modes of differentiation are known to take. A network of nothing else is not tried.
+_STANDARD = {
+    *(nn.Sequential, Residual, nn.Identity, nn.Flatten, nn.Dropout),
+    *(NTKLinear, NTKConv2d, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus, Erf),
+    *(nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.MaxPool2d),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm),
+}
+
+_known: WeakKeyDictionary[nn.Module, dict[Hashable, _Found]] = WeakKeyDictionary()
+
+
+def choose_rows(function: NetworkFunction, inputs: list[Inputs], per_layer: bool = False, dense: bool = False) -> Rows:
+    """Choose how the rows of some inputs are made, once for each network and kind of inputs.
+
+    Args:
+        function: What is differentiated.
+        inputs: All inputs, already cast.
+        per_layer: Keep the kernels of modules apart.
+        dense: Keep no layer in factors.
+
+    Returns:
+        The rows.
+
+    Raises:
+        ValueError: The network mixes samples, draws random numbers, or gives no outputs that can be differentiated.
+    """
+    known, key, plain = _known.setdefault(function.net, {}), _key(function, inputs), None
+    if key not in known and _is_standard(function):
+        known[key] = _Found("at once", "forward")
+    elif key not in known:
+        plain = PlainNetwork(function)
+        known[key] = _try(plain, _two(inputs))
+    found = known[key]
+    if found.way == "one by one":
+        return OneByOneRows(plain or PlainNetwork(function), found.num_outputs, found.nbytes, per_layer)
+    return GradientRows(function, inputs[0][:1], per_layer, by_branch=found.way == "by branch", dense=dense)
+
+
+def choose_products(rows: Rows, inputs: list[Inputs]) -> Rows:
+    """Choose how J d is computed: by forward mode, by reverse mode twice, or one sample at a time.
+
+    Args:
+        rows: As chosen for the inputs.
+        inputs: All inputs.
+
+    Returns:
+        Rows whose products are those of reverse mode.
+    """
+    if not isinstance(rows, GradientRows):
+        return rows
+    found = _known[rows.function.net][_key(rows.function, inputs)]
+    if found.products != "forward":
+        plain = OneByOneRows(PlainNetwork(rows.function), found.num_outputs, found.nbytes)
+        found.products = found.products or _try_products(rows, plain, _two(inputs))
+        if found.products == "one by one":
+            return plain
+    rows.forward_mode = found.products == "forward"
+    return rows
+
+
+def _is_standard(function: NetworkFunction) -> bool:
+    """Whether a network consists of layers that are known to be taken, with no hooks and no function of its output."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return not callable(function.output) and all(
+        type(module) in _STANDARD and not any(getattr(module, name) for name in hooks)
+        for module in function.net.modules()
+    )
+
+
+def _key(function: NetworkFunction, inputs: list[Inputs]) -> tuple[Hashable, ...]:
+    """What a network can treat differently: modes, precision, structure and shapes of the inputs."""
+    modes = tuple(module.training for module in function.net.modules())
+    leaves = tuple((leaf.dtype, leaf.shape[1:], leaf.device) for leaf in inputs[0].leaves)
+    several = sum(map(len, inputs)) > 1
+    return function.output, function.dtype, modes, inputs[0].paths, leaves, several
+
+
+def _two(inputs: list[Inputs]) -> Inputs:
+    """The first and the last of all samples, or the only one."""
+    first, last = inputs[0][:1], inputs[-1][slice(len(inputs[-1]) - 1, None)]
+    return first.cat(last) if sum(map(len, inputs)) > 1 else first
+
+
+def _try(plain: PlainNetwork, samples: Inputs) -> _Found:
+    """Refuse what has no kernel, then compare vmap with plain autograd, on a random mix u^T f of the outputs."""
+    function, singles = plain.function, samples.split(1)
+    with no_random_numbers(function.device), _dtype_advice(samples):
+        again = outputs_of(plain, singles[0])
+    u, alone, gradients = _random(again[0]), [], []
+    meter = AllocationMeter()
+    for i, sample in enumerate(singles):
+        with meter if i == 0 else nullcontext(), plain.outputs(sample) as outputs:
+            alone.append(outputs.detach().reshape(1, -1))
+            gradients.append(torch.cat(real_flat(plain.gradient(outputs, u).values())))
+    check_samples_apart(plain, samples, again, alone)
+
+    def mixed(returned: Any) -> Tensor:  # noqa: ANN401 - whatever the network returns
+        return function.select(returned).reshape(1, -1) @ u[:, None]
+
+    mix, refused = replace(function, output=mixed, full=False), "it changes the gradients"
+    expected = torch.stack(gradients) @ torch.stack(gradients).T
+    ways: tuple[_Way, ...] = ("at once", "by branch")
+    rounded = meter.rounded(function.dtype)
+    if function.dtype == torch.float64 and rounded:  # in float64 all digits are wanted: rounding depends on the batch
+        ways, refused = (), f"it computes in {', '.join(map(str, rounded))} within, which vmap rounds otherwise"
+    for way in ways:
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of an operation that has no rule for vmap
+                rows = GradientRows(mix, samples[:1], by_branch=way == "by branch")
+                made = again.new_empty(len(samples), rows.width)
+                rows.fill(made, samples)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever torch.func cannot transform, in whatever way it says so
+            refused = f"{type(error).__name__}: {error}"
+            if "control flow" not in refused and ".item()" not in refused:
+                break
+        else:
+            if agree(rows.contract(made, made, lambda a, b: a @ b.T)[0], expected, 1e-12, 1e-3):
+                return _Found(way, num_outputs=again.numel(), nbytes=meter.nbytes)
+            break
+    _log.info(
+        "Gradients of %s are made one sample at a time by plain autograd, which torch.func.vmap cannot replace: %s",
+        type(function.net).__name__,
+        refused,
+    )
+    return _Found("one by one", num_outputs=again.numel(), nbytes=meter.nbytes)
+
+
+def _try_products(rows: GradientRows, plain: OneByOneRows, samples: Inputs) -> _Way:
+    """Compare J^T u and J d with J^T u of plain autograd, on random u and d."""
+    direction = {name: _random(weight) for name, weight in rows.trainable.items()}
+    cotangent = _random(rows.cotangents.new_empty(len(samples), rows.num_outputs))
+    gradient = plain.vjp(samples, cotangent)
+    ways: tuple[_Way, ...] = ("forward", "reverse")
+    for way in ways:
+        rows.forward_mode, watch = way == "forward", ForwardModeWatch()
+        try:
+            pulled = rows.vjp(samples, cotangent)
+            with watch if way == "forward" else nullcontext():
+                product = rows.jvp(samples, direction, None)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # an operation without this derivative, in whatever way it says so
+            _log.info("%s has no products by %s mode: %s", type(rows.function.net).__name__, way, error)
+            continue
+        same = all(agree(pulled[name], expected, 1e-12, 1e-3) for name, expected in gradient.items())
+        if same and watch.found is None and is_adjoint(direction, product, cotangent, gradient):
+            return way
+    return "one by one"
+
+
+@contextmanager
+def _dtype_advice(x: Inputs) -> Iterator[None]:
+    """Say what to do where the network does not take numbers of this kind."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "type" in str(error) and not any(leaf.is_floating_point() for leaf in x.leaves):
+            kinds = " and ".join(sorted({str(leaf.dtype) for leaf in x.leaves}))
+            raise TypeError(
+                f"The network does not take {kinds}: call .float() first. Its own words: {error}"
+            ) from error
+        raise
+
+
+def _random(like: Tensor) -> Tensor:
+    """Normal numbers of a tensor's shape and kind, the same at every call, without touching the global state."""
+    generator = torch.Generator().manual_seed(like.numel())
+    real = torch.view_as_real(like) if like.is_complex() else like
+    values = torch.randn(real.shape, generator=generator, dtype=torch.float64).to(real)
+    return torch.view_as_complex(values) if like.is_complex() else values
