@@ -24,6 +24,7 @@ Kind = Literal["ntk", "nngp"]
 Backend = Literal["auto", "reference", "cpu", "cuda"]
 
 _REFERENCE_BLOCK_BYTES = 2**27
+_REFERENCE_VECTORS = 512  # a side: their covariances and what is computed of them stay in the cache
 
 _log = logging.getLogger(__name__)
 
@@ -196,6 +197,7 @@ class InfiniteNTK:
         symmetric, x2 = x2 is None, x1 if x2 is None else x2
         pixels = x1[0, 0].numel() if x1.dim() == 4 else 1
         side = max(1, int((_REFERENCE_BLOCK_BYTES / (pixels**2 * torch.float64.itemsize)) ** 0.5))
+        side = min(side, _REFERENCE_VECTORS) if pixels == 1 else side
         device, out = "cpu" if x1.device.type == "mps" else x1.device, x1.new_empty(len(x1), len(x2))  # MPS: no float64
         for i in range(0, len(x1), side):
             for j in range(i if symmetric else 0, len(x2), side):
