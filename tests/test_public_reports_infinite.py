@@ -426,6 +426,6 @@ def test_the_callback_takes_a_compiled_network(tmp_path: Any) -> None:  # noqa: 
             net = torch.compile(net, backend="eager")  # type: ignore[assignment]
         callback = InfiniteNTKFit()
         fit(FiniteNetwork(net, OPTIMIZER), data(), epochs=1, callbacks=[callback], default_root_dir=tmp_path)
-        errors.append([arm.row() for arm in callback.arms()])
+        errors.append([model.row() for model in callback.model_errors()])
     assert errors[0] == errors[1]
     assert math.isfinite(errors[0][0]["optimal_error"])
