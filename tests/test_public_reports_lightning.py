@@ -636,8 +636,9 @@ def test_layers_on_the_module_itself_are_watched_by_an_empty_name(tmp_path: Path
     trainer = fit(module, [after], tmp_path)
     found = after.model_errors()[0]
     assert (found.optimal_error, found.last_error) == expected_fit(module, trainer)
-    with pytest.raises(AttributeError, match='or network="" for the module itself'):
-        fit(Flat(), [AfterKernel(optimizer=CONFIG)], tmp_path)
+    by_default = AfterKernel(optimizer=CONFIG)
+    fit(Flat(), [by_default], tmp_path)
+    assert by_default.model_errors() == [found]
 
 
 @pytest.mark.parametrize("first", [True, False])

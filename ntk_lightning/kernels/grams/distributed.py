@@ -140,7 +140,11 @@ def distributed_cross(kernel: Kernel, x1: Tensor, x2: Tensor, *, progress: bool 
 def _agree_on_inputs(*inputs: Tensor) -> None:
     """Raise on all ranks where their inputs differ, before anything is computed."""
     agree_on_tensors(
-        dict(itertools.chain.from_iterable(named_tensors(x, f"inputs {i}") for i, x in enumerate(inputs, 1))),
+        dict(
+            itertools.chain.from_iterable(
+                named_tensors(getattr(x, "leaves", x), f"inputs {i}") for i, x in enumerate(inputs, 1)
+            )
+        ),
         "every process must pass the same samples in the same order, so seed whatever draws or splits them.",
     )
 
