@@ -15,6 +15,7 @@ from ntk_lightning.kernels.empirical.evaluation import evaluation_ntk
 from ntk_lightning.kernels.empirical.inputs import Inputs
 from ntk_lightning.kernels.empirical.network_function import Output, select_output
 from ntk_lightning.kernels.grams.agreement import agree_on_kernel
+from ntk_lightning.precision import at_least_float32
 from ntk_lightning.pytrees import Tree
 from ntk_lightning.solvers.kernel_fit import error_and_loss
 
@@ -187,5 +188,6 @@ def error_and_loss_of(net: nn.Module, test: Samples, output: Output = None) -> t
     with torch.no_grad():
         chunks = [test.take(slice(i, i + _CHUNK)) for i in range(0, len(test), _CHUNK)]
         outputs = torch.cat([predict(net, chunk.x, output) for chunk in chunks])
+    outputs = outputs.to(at_least_float32(outputs.dtype))
     error, loss = error_and_loss(outputs, test.y.reshape(len(test), -1).to(outputs.dtype))
     return float(error), float(loss)

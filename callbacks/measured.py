@@ -20,6 +20,7 @@ from ntk_lightning.datamodules.unpack import Unpack
 from ntk_lightning.kernels.empirical.network_function import Output
 from ntk_lightning.kernels.grams.agreement import agree_on_tensors
 from ntk_lightning.kernels.grams.distributed import gather_or_raise
+from ntk_lightning.precision import at_least_float32
 from ntk_lightning.pytrees import named_tensors
 from ntk_lightning.targets import TargetKind, describe_targets, targets_for
 from ntk_lightning.whole_number import check_size
@@ -104,7 +105,8 @@ class Measured:
         found = self._find(trainer, split).to(trainer.strategy.root_device, dtype)
         if num_outputs is None:
             return found
-        return replace(found, y=targets_for(found.y, num_outputs, dtype, self._kind(trainer, num_outputs)))
+        kind = self._kind(trainer, num_outputs)
+        return replace(found, y=targets_for(found.y, num_outputs, at_least_float32(dtype), kind))
 
     def evaluation_sets(self, trainer: Trainer, num_outputs: int | None = None) -> dict[str, Samples]:
         """Take the sets that kernel fits are measured on.

@@ -747,3 +747,18 @@ def test_two_processes_change_nothing(tmp_path: Path) -> None:
     for name in ("rows", "layers"):
         for row, wanted in zip(found[name], expected[name], strict=True):
             assert row == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_precision_plugins(precision: str, tmp_path: Path) -> None:
+    module, dynamics = Classifier(), EmpiricalNTKDynamics(at=[1])
+    fit(module, [dynamics], tmp_path, loader(X, Y), loader(X_VAL, Y_VAL), precision=precision)
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    kernel = EmpiricalNTK(module.eval().model)
+    train, val = X.to(dtype), X_VAL.to(dtype)
+    test = kernel(val, train), F.one_hot(Y_VAL, CLASSES).double()
+    curve = dynamics.rows[-1]["curve"]
+    by_hand = gradient_flow(kernel(train), F.one_hot(Y, CLASSES).double(), curve["steps"], test=test)
+    assert curve["losses"][:100] == pytest.approx(by_hand.curves["test"].losses[:100].tolist(), rel=1e-4)
+    error = (module.model(val).argmax(1) != Y_VAL).double().mean().item()
+    assert dynamics.rows[-1]["network_error"] == pytest.approx(error)
