@@ -1,7 +1,7 @@
 """The NTK of a Lightning project of your own, watched while it trains: two callbacks, and nothing else changes.
 
-The module below has its own layers, loss and optimizer, and the loaders are plain ones of PyTorch. All that a project adds
-is `callbacks=[EmpiricalNTKDynamics()]`: the callback finds the network, the samples and a fit by itself.
+The module below has its own layers, loss and optimizer, and the loaders are plain ones of PyTorch. All that a project
+adds is `callbacks=[EmpiricalNTKDynamics()]`: the callback finds the network, the samples and a fit by itself.
 """
 
 from __future__ import annotations

@@ -260,7 +260,7 @@ class Soak:
         self.counts["rounds"] += 1
         self.counts["fits"] += task.kind == "fit"
         self.counts["cells"] += len(study_cells(folder))
-        self.counts["blocks"] += len(store_blocks(folder)) // 2
+        self.counts["blocks"] += len(store_blocks(folder))
         events = ", ".join(
             f"{self.counts[k] - started[k]} {k}" for k in ("kills", "signals", "resumes", "faults", "pairs")
         )

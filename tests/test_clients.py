@@ -117,7 +117,7 @@ def language_model(name: str, attention: str) -> tuple[nn.Module, Callable[[Any]
 @pytest.mark.parametrize("name", ["gpt2", "bert", "llama"])
 def test_language_models(name: str, attention: str, padding: bool) -> None:
     net, output = language_model(name, attention)
-    check(net, text(padding), output, fast=True)
+    check(net, text(padding), output, fast=name != "llama")  # which computes in float32 within
 
 
 def test_without_a_mask_and_with_plain_arguments() -> None:
@@ -144,7 +144,8 @@ def test_a_vision_transformer(attention: str) -> None:
     config = transformers.ViTConfig(image_size=8, patch_size=4, num_labels=2, **TINY)
     config._attn_implementation = attention
     net = transformers.ViTForImageClassification(config).to(D).eval()
-    check(net, {"pixel_values": torch.randn(N, 3, 8, 8, dtype=D)}, classes, fast=True)
+    pixels = {"pixel_values": torch.randn(N, 3, 8, 8, dtype=D)}
+    check(net, pixels, classes, fast=attention == "sdpa")  # the softmax of "eager" is one of float32
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])

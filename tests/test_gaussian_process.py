@@ -1,4 +1,7 @@
-"""Gaussian predictions against neural-tangents, closed forms in weight space, and an ensemble of trained networks."""
+"""Gaussian predictions against neural-tangents, closed forms in weight space, and an ensemble of trained networks.
+
+Longer than 300 lines, since the three share their problems and tolerances.
+"""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import csv
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -112,3 +113,11 @@ def test_long_files_say_why() -> None:
     for file in files:
         text = file.read_text()
         assert text.count("\n") <= 300 or "Longer than 300 lines" in (ast.get_docstring(ast.parse(text)) or ""), file
+
+
+def test_the_map_of_files_is_complete() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text().split("## Where things are")[1].split("## Words")[0]
+    folders = ("ntk_lightning", "callbacks", "datamodules")
+    files = {file.resolve() for folder in folders for file in (ROOT / folder).rglob("*.py")}
+    names = [file.name for file in files if file.name != "__init__.py"]
+    assert sorted(re.findall(r"(\w+\.py)", text)) == sorted(names)

@@ -641,6 +641,25 @@ def test_layers_on_the_module_itself_are_watched_by_an_empty_name(tmp_path: Path
     assert by_default.model_errors() == [found]
 
 
+class Regression(LightningDataModule):
+    """Real targets."""
+
+    def setup(self, stage: str | None = None) -> None:
+        self.train_set, self.test_set = (Samples(x, x.mean(1)) for x, _ in (draw(24, 0), draw(16, 1)))
+
+    def train_dataloader(self) -> Any:  # noqa: ANN401
+        return DataLoader(TensorDataset(self.train_set.x, self.train_set.y), batch_size=8)
+
+
+@pytest.mark.parametrize("callback", [EmpiricalNTKDynamics, AfterKernel, InfiniteNTKFit])
+def test_real_targets_are_compared_by_losses(callback: Any, tmp_path: Path) -> None:  # noqa: ANN401
+    fits, datamodule = callback(optimizer=CONFIG), Regression()
+    fit(Own(), [fits], tmp_path, datamodule=datamodule)
+    (found,) = fits.model_errors()
+    assert (found.optimal_error, found.last_error) == (None, None)
+    assert 0 < found.optimal_loss == min(found.curve["losses"]) < float(datamodule.test_set.y.square().mean())
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_kernel_metrics_can_be_monitored(first: bool, tmp_path: Path) -> None:
     dynamics, diagnostics = EmpiricalNTKDynamics(every_n_batches=3), KernelDiagnostics(every_n_batches=3)

@@ -53,7 +53,8 @@ def _tensors(name: str, x: Any) -> dict[str, Tensor]:  # noqa: ANN401
         )
     n = len(next(iter(tensors.values()))) if all(t.dim() for t in tensors.values()) else 0
     for path, tensor in tensors.items():
-        if 0 in tensor.shape or tensor.dim() < (2 if path == "" and tensor.is_floating_point() else 1):
+        alone = path == ""  # among several tensors one may be empty but for its samples, or hold one number a sample
+        if n == 0 or (alone and (0 in tensor.shape or tensor.dim() < 1 + tensor.is_floating_point())):
             raise ValueError(
                 f"{name}{path} must hold at least one sample, (n, features) or (n, C, H, W); got {tuple(tensor.shape)}."
             )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Hashable
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -13,19 +13,27 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from ntk_lightning.kernels.empirical.derivatives import ForwardModeWatch, differentiable_attention, is_adjoint
+from ntk_lightning.kernels.empirical.derivatives import (
+    ForwardModeWatch,
+    differentiable_attention,
+    is_adjoint,
+)
 from ntk_lightning.kernels.empirical.inputs import Inputs
 from ntk_lightning.kernels.empirical.network_function import Output
 from ntk_lightning.kernels.empirical.network_state import Weights, preserved, usable
+from ntk_lightning.kernels.empirical.rows import AllocationMeter
+from ntk_lightning.kernels.empirical.standard_layers import is_standard
+from ntk_lightning.modules.gradient_product import by_gradients
 from ntk_lightning.precision import own_precision
 
 __all__ = ["taylor_expansion"]
 
 _Function = Callable[[Weights], Tensor]  # w -> f
 _Derivatives = Callable[[Weights], tuple[Tensor, ...]]  # w -> (f, f', ..., f^(j))
-_Way = Literal["forward", "reverse"]
+_Way = Literal["forward", "reverse", "gradients"]
 
 _log = logging.getLogger(__name__)
+_BY_GRADIENTS = "%s is linearized by the gradients of all outputs, one sample at a time. %s"
 _ways: WeakKeyDictionary[nn.Module, dict[Hashable, _Way]] = WeakKeyDictionary()  # what was found, for each network
 
 
@@ -44,8 +52,10 @@ def taylor_expansion(
     1902.06720), higher orders are in Bai and Lee (2020, arXiv 1910.01619). The derivatives are those of reverse mode,
     by which networks are trained. They are computed by nested Jacobian-vector products, which costs about 2^k
     evaluations of the network; or, where forward mode would differ (``torch.no_grad()`` within the network) or has no
-    formula, by reverse mode applied twice for each order. Ordinary backward differentiates the result with respect to
-    d. Works under :func:`torch.no_grad` and :func:`torch.inference_mode` too. The network's buffers do not change.
+    formula, by reverse mode applied twice for each order; or, at order 1 where that differs too (a backward that
+    cannot be differentiated), by the gradient of every output of every sample. Ordinary backward differentiates the
+    result with respect to d. Works under :func:`torch.no_grad` and :func:`torch.inference_mode` too. The network's
+    buffers do not change.
 
     Args:
         net: Maps (n, ...) to (n,) or (n, C), or to what ``output`` takes; gives the structure, the buffers and the
@@ -80,7 +90,8 @@ def taylor_expansion(
             )
     training = torch.is_grad_enabled()
     inputs = Inputs.of(x)
-    with torch.inference_mode(False), torch.enable_grad(), differentiable_attention(), preserved(net):
+    standard = is_standard(net) and not callable(output)
+    with torch.inference_mode(False), torch.enable_grad(), nullcontext() if standard else _untouched(net):
         inputs = inputs.with_leaves(map(usable, inputs.leaves))
         fixed = {name: usable(weight) for name, weight in w0.items()}
         along = {name: usable(d) if training else usable(d).detach() for name, d in displacement.items()}
@@ -93,10 +104,20 @@ def taylor_expansion(
 
             return f
 
-        values = _forward_or_reverse(net, outputs, inputs, moved, along, order, output)
+        if standard:
+            values = _by_forward_mode(outputs(inputs), moved, along, order)
+        else:
+            values = _forward_or_reverse(net, outputs, inputs, moved, along, order, output)
         terms = [value / math.factorial(j) for j, value in enumerate(values)]
         expansion = torch.stack(terms[0 if include_f0 else 1 :]).sum(0)
     return expansion if training else expansion.detach()
+
+
+@contextmanager
+def _untouched(net: nn.Module) -> Iterator[None]:
+    """Differentiate what a network of any kind does, and leave its attributes as they are."""
+    with differentiable_attention(), preserved(net):
+        yield
 
 
 def _forward_or_reverse(
@@ -115,17 +136,19 @@ def _forward_or_reverse(
     f = outputs(inputs)
     if key not in known:
         with own_precision(inputs.device.type):
-            known[key] = _try(net, outputs(inputs[:2]), w, inputs.device)
+            known[key] = _try(net, outputs(inputs[:2]), w, order, inputs.device)
     if known[key] == "forward":
         with ForwardModeWatch() as watch:
             values = _by_forward_mode(f, w, direction, order)
         if watch.found is None:
             return values
         known[key] = "reverse"  # a branch of the network that the trial did not see
-    return _by_reverse_mode(f, w, direction, order)
+    if known[key] == "reverse":
+        return _by_reverse_mode(f, w, direction, order)
+    return by_gradients([outputs(sample) for sample in inputs.split(1)], w, direction)
 
 
-def _try(net: nn.Module, f: _Function, w: Weights, device: torch.device) -> _Way:
+def _try(net: nn.Module, f: _Function, w: Weights, order: int, device: torch.device) -> _Way:
     """Compare J d of two samples with J^T u of reverse mode, on random d and u and with the same random numbers."""
     w = {name: weight.detach() for name, weight in w.items()}
     refused: dict[str, str] = {}
@@ -133,8 +156,14 @@ def _try(net: nn.Module, f: _Function, w: Weights, device: torch.device) -> _Way
     with torch.random.fork_rng(cuda):
         direction = {name: torch.randn_like(weight) for name, weight in w.items()}
         leaves = {name: weight.clone().requires_grad_() for name, weight in w.items()}
-    with torch.random.fork_rng(cuda):
+    meter = AllocationMeter()
+    with torch.random.fork_rng(cuda), meter:
         value = f(leaves)
+    rounded = meter.rounded(value.dtype)
+    if rounded and order == 1 and value.dtype == torch.float64:  # in float64 all digits are wanted
+        reasons = f"It computes in {', '.join(map(str, rounded))} within."
+        _log.info(_BY_GRADIENTS, type(net).__name__, reasons)
+        return "gradients"
     u = torch.linspace(1, 2, value.numel()).to(value).reshape(value.shape)
     found = torch.autograd.grad(value, list(leaves.values()), u, materialize_grads=True, allow_unused=True)
     gradient = dict(zip(leaves, found, strict=True))
@@ -149,15 +178,22 @@ def _try(net: nn.Module, f: _Function, w: Weights, device: torch.device) -> _Way
         except Exception as error:  # an operation without this derivative, in whatever way it says so
             refused[way] = f"{type(error).__name__}: {error}"
             continue
-        if watch.found is None and is_adjoint(direction, product.detach(), u, gradient):
+        if watch.found is None and is_adjoint(
+            direction, product.detach(), u, gradient, rounded[0] if rounded else None
+        ):
             if refused:
                 _log.info("%s is expanded by reverse mode: %s", type(net).__name__, refused["forward"])
             return way
         refused[way] = f"it meets {watch.found}" if watch.found else "it is another derivative than backward"
+    reasons = f"Forward mode: {refused['forward']}. Reverse mode applied twice: {refused['reverse']}."
+    if order == 1:
+        _log.info(
+            "%s is linearized by the gradients of all outputs, one sample at a time. %s", type(net).__name__, reasons
+        )
+        return "gradients"
     raise ValueError(
-        f"{type(net).__name__} cannot be expanded in its weights. Forward mode: {refused['forward']}. Reverse mode "
-        f"applied twice: {refused['reverse']}. Write the backward of its functions in differentiable operations, or "
-        "give its kernel (EmpiricalNTK) to KernelReadout, which needs first derivatives only."
+        f"{type(net).__name__} cannot be expanded to order {order}. {reasons} Write the backward of its functions in "
+        "differentiable operations, or use order=1."
     )
 
 

@@ -9,6 +9,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, Self, cast
 
 import torch
@@ -58,6 +59,8 @@ class EmpiricalNTK(nn.Module):
         output: The one output to differentiate, or None for all; or a function of what the network returns to (n,) or
             (n, C), such as ``lambda out: out.logits[:, -1]``.
         full: Return all products of outputs, (n1, n2, C, C), instead of the normalized trace.
+        output2: A second function g of the same weights, for the kernel <grad f(x), grad g(x')> with f of ``output``:
+            the blocks of physics-informed networks, for example. It is not symmetric.
 
     Raises:
         ValueError: An argument is malformed, or the network has nothing to differentiate.
@@ -72,6 +75,8 @@ class EmpiricalNTK(nn.Module):
                 [2., 3.]])
     """
 
+    output2: int | Callable[[Any], Tensor] | None = None
+
     def __init__(
         self,
         net: nn.Module,
@@ -81,13 +86,15 @@ class EmpiricalNTK(nn.Module):
         features: Features = "float32",
         output: int | Callable[[Any], Tensor] | None = None,
         full: bool = False,
+        output2: int | Callable[[Any], Tensor] | None = None,
     ) -> None:
         super().__init__()
         if features not in ("float32", "tf32", "bfloat16"):
             raise ValueError(f'features must be "float32", "tf32" or "bfloat16", got {features!r}.')
-        if output is not None and not callable(output) and (isinstance(output, bool) or not isinstance(output, int)):
-            raise ValueError(f"output must be None, a whole number or a function of what net returns, got {output!r}.")
-        if full and isinstance(output, int):
+        for o in (output, output2):
+            if o is not None and not callable(o) and (isinstance(o, bool) or not isinstance(o, int)):
+                raise ValueError(f"output must be None, a whole number or a function of what net returns, got {o!r}.")
+        if full and (isinstance(output, int) or isinstance(output2, int)):
             raise ValueError("full=True returns all outputs and output=... one: choose.")
         if dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"dtype must be torch.float32, torch.float64 or None, got {dtype}.")
@@ -106,6 +113,8 @@ class EmpiricalNTK(nn.Module):
             output,
             full,
         )
+        if output2 is not None:  # else it is no attribute, and no part of what names this kernel in a store
+            self.output2 = output2
 
     def train(self, mode: bool = True) -> Self:
         """Set this module's own flag; the copied network keeps the modes in which it was copied.
@@ -189,6 +198,8 @@ class EmpiricalNTK(nn.Module):
             FloatingPointError: The network's outputs or gradients are not finite.
         """
         with self._computing(x_train, *x_tests) as (rows, (x_train, *tests)):
+            if rows.partner is not rows:
+                return tuple(self._kernels(rows, [x, x_train], progress)[0] for x in (x_train, *tests))
             gram = _empty(rows, x_train, x_train)
             crosses = [_empty(rows, x, x_train) for x in tests]
             self._panels(rows, x_train, gram, list(zip(tests, crosses, strict=True)), progress)
@@ -214,12 +225,14 @@ class EmpiricalNTK(nn.Module):
         """
         with self._computing(x) as (rows, (x,)):
             chunk = chunk_size(self.memory, rows, x)[0]
-            features = torch.empty(min(chunk, len(x)), rows.width, dtype=rows.function.dtype, device=x.device)
+            makers = {rows, rows.partner}
+            space = {r: rows.cotangents.new_empty(min(chunk, len(x)), r.width) for r in makers}
             values = []
             for part in x.split(chunk):
-                filled = features[: len(part)]
-                rows.fill(filled, part)
-                values += rows.contract(filled, filled, lambda a, b: (a * b).sum(1))
+                filled = {r: space[r][: len(part)] for r in makers}
+                for maker, out in filled.items():
+                    maker.fill(out, part)
+                values += rows.contract(filled[rows], filled[rows.partner], lambda a, b: (a * b).sum(1))
             diagonal = torch.cat(values)
         check_finite(diagonal, _DIVERGED, "kernel's diagonal entry", sides=1)
         return diagonal
@@ -244,13 +257,13 @@ class EmpiricalNTK(nn.Module):
             FloatingPointError: The network's outputs or gradients, or v, are not finite.
         """
         with self._computing(x, x2) as (rows, inputs):
-            outputs = len(rows.cotangents)
+            outputs = len(rows.partner.cotangents)
             if len(v) != len(inputs[0]) or v.dim() not in (1, 2) or (self.full and v.shape[1:] != (outputs,)):
                 raise ValueError(
                     f"v must be {f'(n, {outputs})' if self.full else '(n,) or (n, k)'} with n = {len(inputs[0])}, "
                     f"got {tuple(v.shape)}."
                 )
-            rows = choose_products(rows, inputs)
+            left, right = choose_products(rows, inputs), choose_products(rows.partner, inputs)
             x, x2 = inputs[0], inputs[-1]
             chunk, v = chunk_size(self.memory, rows, x)[0], v.to(rows.cotangents)
             # K v sums over samples j and outputs b: sum_jb <grad f_a(x_i), grad f_b(x_j)> v_jb. With ``full`` the
@@ -259,10 +272,11 @@ class EmpiricalNTK(nn.Module):
             columns = [v] if self.full else v.reshape(len(x), -1).T
             products = []
             for column in columns:
-                product = v.new_zeros(len(x2), *([outputs] if self.full else []))
-                for c in rows.cotangents if not self.full else [None]:
-                    direction = _vjp(rows, x, column if c is None else column[:, None] * c, chunk)
-                    product += torch.cat([rows.jvp(part, direction, c) for part in x2.split(chunk)])
+                product = v.new_zeros(len(x2), *([len(rows.cotangents)] if self.full else []))
+                pairs = [(None, None)] if self.full else zip(left.cotangents, right.cotangents, strict=True)
+                for c, c2 in pairs:
+                    direction = _vjp(right, x, column if c2 is None else column[:, None] * c2, chunk)
+                    product += torch.cat([left.jvp(part, direction, c) for part in x2.split(chunk)])
                 products.append(product)
             product = products[0] if self.full or v.dim() == 1 else torch.stack(products, 1)
         check_finite(product, f"check v; {_DIVERGED}", "product's entry", sides=1)
@@ -289,9 +303,9 @@ class EmpiricalNTK(nn.Module):
             FloatingPointError: The network's outputs or gradients are not finite.
         """
         left: Any = Inputs.of(x1)  # has the length, the slices and the device of a tensor
-        if x2 is None:
+        if x2 is None and self.output2 is None:
             return distributed_gram(self, left, progress=progress)
-        return distributed_cross(self, left, cast(Any, Inputs.of(x2)), progress=progress)
+        return distributed_cross(self, left, cast(Any, Inputs.of(x1 if x2 is None else x2)), progress=progress)
 
     def features_error(self, x: Arguments) -> float:
         """Report what reduced ``features`` cost in accuracy, on a few inputs.
@@ -340,7 +354,13 @@ class EmpiricalNTK(nn.Module):
             preserved(self.net),
         ):
             inputs = [x.cast(dtype) for x in inputs]
-            yield choose_rows(function, inputs, per_layer), inputs
+            rows = choose_rows(function, inputs, per_layer, dense=self.output2 is not None)
+            if self.output2 is not None:
+                second = replace(function, output=self.output2)
+                rows.partner = choose_rows(second, inputs, per_layer, dense=True)
+                if not self.full and len(rows.cotangents) != len(rows.partner.cotangents):
+                    raise ValueError("output and output2 have different numbers of outputs: use full=True.")
+            yield rows, inputs
 
     def _widest(self, x: Inputs) -> torch.dtype:
         """The widest precision of the parameters and the floating-point inputs, at least float32."""
@@ -352,7 +372,9 @@ class EmpiricalNTK(nn.Module):
         """The kernel of one or two sets of inputs, part by part."""
         x1, x2 = inputs[0], inputs[-1]
         out = _empty(rows, x1, x2)
-        if len(inputs) == 1:
+        if rows.partner is not rows:
+            self._panels(rows, x2, None, [(x1, out)], progress)
+        elif len(inputs) == 1:
             self._panels(rows, x1, out, [], progress)
         elif len(x1) < len(x2):  # the smaller set is more likely to fit, and the other is read once a panel
             self._panels(rows, x1, None, [(x2, list(map(swap, out)))], progress)
@@ -382,24 +404,25 @@ class EmpiricalNTK(nn.Module):
         """
         n, half, dtype = len(x), self.features == "bfloat16", rows.function.dtype
         num_others = sum(len(other) for other, _ in crosses)
-        plan, kept = divide(self.memory, rows, x, num_others, half), torch.bfloat16 if half else dtype
-        panel_rows = torch.empty(plan.panel, rows.width, dtype=kept, device=x.device)
+        plans = [divide(self.memory, r, x, num_others, half) for r in {rows, rows.partner}]
+        plan, kept = min(plans, key=lambda p: (p.panel, p.chunk)), torch.bfloat16 if half else dtype
+        panel_rows = torch.empty(plan.panel, rows.partner.width, dtype=kept, device=x.device)
         block_size = plan.block if crosses or plan.panel < n else 0
         block_rows = torch.empty(block_size, rows.width, dtype=kept, device=x.device)
         starts = range(0, n, plan.panel)
         total = sum((n - s if grams is not None else min(plan.panel, n - s)) + num_others for s in starts)
         with progress_bar("empirical NTK", total, "samples", enabled=progress) as advance:
 
-            def fill(out: Tensor, inputs: Inputs) -> Tensor:
+            def fill(out: Tensor, inputs: Inputs, maker: Rows = rows) -> Tensor:
                 for i in range(0, len(inputs), plan.chunk):
                     part = inputs[i : i + plan.chunk]
-                    rows.fill(out[i : i + len(part)], part)
+                    maker.fill(out[i : i + len(part)], part)
                     advance(len(part))
                 return out[: len(inputs)]
 
             for start in starts:
                 stop = min(start + plan.panel, n)
-                panel = fill(panel_rows, x[start:stop])
+                panel = fill(panel_rows, x[start:stop], rows.partner)
                 if grams is not None:
                     for i in range(start, stop, plan.block):  # within the panel: the block and all to its right
                         j = min(i + plan.block, stop)
@@ -424,7 +447,7 @@ class EmpiricalNTK(nn.Module):
 
 def _empty(rows: Rows, x1: Inputs, x2: Inputs) -> list[Tensor]:
     """Kernels to be filled, (n1, n2) or (n1, n2, C, C), one a part."""
-    outputs = (len(rows.cotangents),) * 2 if rows.full else ()
+    outputs = (len(rows.cotangents), len(rows.partner.cotangents)) if rows.full else ()
     return [rows.cotangents.new_empty(len(x1), len(x2), *outputs) for _ in rows.parts]
 
 

@@ -31,17 +31,23 @@ class GradientRows(Rows):
         sample: One sample.
         per_layer: Keep the kernels of modules apart.
         by_branch: Let the network ask for the truth of a tensor: samples that answer alike are taken together.
+        dense: Keep no layer in factors.
     """
 
     one_by_one = False
 
     def __init__(
-        self, function: NetworkFunction, sample: Inputs, per_layer: bool = False, by_branch: bool = False
+        self,
+        function: NetworkFunction,
+        sample: Inputs,
+        per_layer: bool = False,
+        by_branch: bool = False,
+        dense: bool = False,
     ) -> None:
         net, self.by_branch, self.forward_mode = function.net, by_branch, True
         tensors = {name: usable(t, function.dtype) for name, t in (*net.named_parameters(), *net.named_buffers())}
         layers, num_outputs = factored_layers(function, tensors, sample)
-        layers = {} if by_branch else layers  # a branch may leave one out
+        layers = {} if by_branch or dense else layers  # a branch may leave one out
         inside = {join(layer, name) for layer in layers for name in ("weight", "bias")}
         self.trainable = {name: tensors[name] for name in function.trainable}
         weights = {name: tensor for name, tensor in self.trainable.items() if name not in inside}

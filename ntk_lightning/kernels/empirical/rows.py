@@ -69,6 +69,7 @@ class Rows(ABC):
         self.function, self.num_outputs, self.weights, self.layers = function, num_outputs, weights, layers
         self.cotangents = function.cotangents(num_outputs)
         self.full, self.groups = function.full, len(self.cotangents) if function.full else 1
+        self.partner: Rows = self  # makes the rows of the kernel's second argument, in the same parts
         self.width, self.parts = 0, []
         owners: dict[str, None] = dict.fromkeys(name.rpartition(".")[0] for name in function.trainable)
         for owner in owners if per_layer else [None]:
@@ -116,45 +117,56 @@ class Rows(ABC):
         return meter.nbytes
 
     def contract(self, a: Tensor, b: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
-        """Inner products of rows a (n1, width) and b (n2, width), part by part.
+        """Inner products of rows a (n1, width) and the partner's rows b (n2, width), part by part.
 
         Args:
             a: Rows.
-            b: Rows.
+            b: Rows of the partner, which is this unless the kernel is one between two functions.
             product: Inner products of some columns of a with those of b, (n1, n2) or of whatever shape it gives.
 
         Returns:
             One tensor a part, of the shape that ``product`` gives, (..., C, C) where outputs are kept apart.
         """
 
-        def kernel(part: Part, r: int, s: int) -> Tensor:
-            total = product(a[:, part.gradients[r]], b[:, part.gradients[s]])
-            for inputs, cotangents in part.factors:  # <g, g'> <(s a, t), (s a', t)>
-                total += product(a[:, cotangents[r]], b[:, cotangents[s]]).mul_(product(a[:, inputs], b[:, inputs]))
+        def kernel(mine: Part, theirs: Part, r: int, s: int) -> Tensor:
+            total = product(a[:, mine.gradients[r]], b[:, theirs.gradients[s]])
+            for (inputs, g), (inputs2, g2) in zip(mine.factors, theirs.factors, strict=True):
+                # <g, g'> <(s a, t), (s a', t)>
+                total += product(a[:, g[r]], b[:, g2[s]]).mul_(product(a[:, inputs], b[:, inputs2]))
             return total
 
+        pairs = list(zip(self.parts, self.partner.parts, strict=True))
         if not self.full:
-            return [kernel(part, 0, 0) for part in self.parts]
-        each = range(self.groups)
-        return [
-            torch.stack([torch.stack([kernel(part, r, s) for s in each], -1) for r in each], -2) for part in self.parts
-        ]
+            return [kernel(*pair, 0, 0) for pair in pairs]
+        rows, columns = range(self.groups), range(self.partner.groups)
+        return [torch.stack([torch.stack([kernel(*p, r, s) for s in columns], -1) for r in rows], -2) for p in pairs]
 
 
 class AllocationMeter(TorchDispatchMode):
-    """Adds up the storage of every tensor that an operation makes."""
+    """Adds up the storage of every tensor that an operation makes, and notes their dtypes."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # it has no signature
         self.nbytes: int = 0
+        self.dtypes: set[torch.dtype] = set()
+
+    def rounded(self, dtype: torch.dtype) -> list[torch.dtype]:
+        """Floating-point dtypes of less precision than this one that were met."""
+        return [d for d in self.dtypes if d.is_floating_point and d.itemsize < dtype.itemsize]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         """Run the operation, whatever its arguments, and count what it made."""
         out = func(*args, **(kwargs or {}))
-        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        made = {t.untyped_storage().data_ptr(): t for t in tree_leaves(out) if isinstance(t, Tensor)}
+        known, made = _storages((args, kwargs)), _storages(out)
+        self.dtypes.update(t.dtype for t in made.values())
         self.nbytes += sum(t.untyped_storage().nbytes() for pointer, t in made.items() if pointer not in known)
         return out
+
+
+def _storages(values: Any) -> dict[int, Tensor]:  # noqa: ANN401 - whatever an operation takes or gives
+    """The tensors among them by the address of their memory; symbolic zeros have none."""
+    tensors = (t for t in tree_leaves(values) if isinstance(t, Tensor) and not t._is_zerotensor())
+    return {t.untyped_storage().data_ptr(): t for t in tensors}
 
 
 def real_flat(gradients: Iterable[Tensor]) -> list[Tensor]:

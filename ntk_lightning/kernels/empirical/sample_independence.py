@@ -158,7 +158,7 @@ _QUESTIONS = {Tensor.__bool__, Tensor.__int__, Tensor.__index__, Tensor.__float_
 
 
 def agree(found: Tensor, expected: Tensor, double: float, single: float) -> bool:
-    """Whether results agree to a tolerance for their precision, over the largest; where one must be inf, any do."""
+    """Whether results agree to a tolerance for their precision, over the largest; all do where infinity is expected."""
     if found.shape != expected.shape or (torch.isfinite(expected) & ~torch.isfinite(found)).any():
         return False
     finite = torch.isfinite(found) & torch.isfinite(expected)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ntk_lightning.kernels.empirical.derivatives import dot
+from ntk_lightning.kernels.empirical.derivatives import at_size_one, dot
 from ntk_lightning.kernels.empirical.inputs import Inputs
 from ntk_lightning.kernels.empirical.network_function import NetworkFunction
 from ntk_lightning.kernels.empirical.network_state import ModuleAttributes, Weights, copy_network, usable
@@ -68,12 +68,13 @@ class PlainNetwork:
         """
         for weight in self.trainable.values():
             weight.grad = None
+        unit, size = at_size_one(cotangent.reshape(outputs.shape))
         if outputs.requires_grad:  # backward, not torch.autograd.grad, which reentrant checkpointing refuses
-            outputs.backward(cotangent.reshape(outputs.shape), retain_graph=again)
+            outputs.backward(unit, retain_graph=again)
         gradients: Weights = {}
         for name, weight in self.trainable.items():
             gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad.detach()
-            gradients[name], weight.grad = gradient.to_dense() if gradient.is_sparse else gradient, None
+            gradients[name], weight.grad = (gradient.to_dense() if gradient.is_sparse else gradient) * size, None
         return gradients
 
 

@@ -29,7 +29,7 @@ from ntk_lightning.kernels.empirical.sample_independence import (
     outputs_of,
 )
 from ntk_lightning.kernels.empirical.slow_path import OneByOneRows, PlainNetwork
-from ntk_lightning.networks import Erf, NTKConv2d, NTKLinear, Residual
+from ntk_lightning.kernels.empirical.standard_layers import is_standard
 
 __all__ = ["choose_products", "choose_rows"]
 
@@ -48,26 +48,17 @@ class _Found:
     nbytes: int = 0
 
 
-# Layers that neither mix samples (check_modes refuses batch norm in training) nor draw random numbers, and that vmap
-# and both modes of differentiation are known to take. A network of nothing else is not tried.
-_STANDARD = {
-    *(nn.Sequential, Residual, nn.Identity, nn.Flatten, nn.Dropout),
-    *(NTKLinear, NTKConv2d, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus, Erf),
-    *(nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.MaxPool2d),
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm),
-}
-
 _known: WeakKeyDictionary[nn.Module, dict[Hashable, _Found]] = WeakKeyDictionary()
 
 
-def choose_rows(function: NetworkFunction, inputs: list[Inputs], per_layer: bool = False) -> Rows:
+def choose_rows(function: NetworkFunction, inputs: list[Inputs], per_layer: bool = False, dense: bool = False) -> Rows:
     """Choose how the rows of some inputs are made, once for each network and kind of inputs.
 
     Args:
         function: What is differentiated.
         inputs: All inputs, already cast.
         per_layer: Keep the kernels of modules apart.
+        dense: Keep no layer in factors.
 
     Returns:
         The rows.
@@ -76,7 +67,8 @@ def choose_rows(function: NetworkFunction, inputs: list[Inputs], per_layer: bool
         ValueError: The network mixes samples, draws random numbers, or gives no outputs that can be differentiated.
     """
     known, key, plain = _known.setdefault(function.net, {}), _key(function, inputs), None
-    if key not in known and _is_standard(function):
+    numbers = all(leaf.is_floating_point() for leaf in inputs[0].leaves)
+    if key not in known and numbers and not callable(function.output) and is_standard(function.net):
         known[key] = _Found("at once", "forward")
     elif key not in known:
         plain = PlainNetwork(function)
@@ -84,7 +76,7 @@ def choose_rows(function: NetworkFunction, inputs: list[Inputs], per_layer: bool
     found = known[key]
     if found.way == "one by one":
         return OneByOneRows(plain or PlainNetwork(function), found.num_outputs, found.nbytes, per_layer)
-    return GradientRows(function, inputs[0][:1], per_layer, by_branch=found.way == "by branch")
+    return GradientRows(function, inputs[0][:1], per_layer, by_branch=found.way == "by branch", dense=dense)
 
 
 def choose_products(rows: Rows, inputs: list[Inputs]) -> Rows:
@@ -107,15 +99,6 @@ def choose_products(rows: Rows, inputs: list[Inputs]) -> Rows:
             return plain
     rows.forward_mode = found.products == "forward"
     return rows
-
-
-def _is_standard(function: NetworkFunction) -> bool:
-    """Whether a network consists of layers that are known to be taken, with no hooks and no function of its output."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return not callable(function.output) and all(
-        type(module) in _STANDARD and not any(getattr(module, name) for name in hooks)
-        for module in function.net.modules()
-    )
 
 
 def _key(function: NetworkFunction, inputs: list[Inputs]) -> tuple[Hashable, ...]:
@@ -151,6 +134,9 @@ def _try(plain: PlainNetwork, samples: Inputs) -> _Found:
     mix, refused = replace(function, output=mixed, full=False), "it changes the gradients"
     expected = torch.stack(gradients) @ torch.stack(gradients).T
     ways: tuple[_Way, ...] = ("at once", "by branch")
+    rounded = meter.rounded(function.dtype)
+    if function.dtype == torch.float64 and rounded:  # in float64 all digits are wanted: rounding depends on the batch
+        ways, refused = (), f"it computes in {', '.join(map(str, rounded))} within, which vmap rounds otherwise"
     for way in ways:
         try:
             with warnings.catch_warnings(action="ignore"):  # of an operation that has no rule for vmap
@@ -164,11 +150,11 @@ def _try(plain: PlainNetwork, samples: Inputs) -> _Found:
             if "control flow" not in refused and ".item()" not in refused:
                 break
         else:
-            if agree(rows.contract(made, made, lambda a, b: a @ b.T)[0], expected, 1e-9, 1e-3):
+            if agree(rows.contract(made, made, lambda a, b: a @ b.T)[0], expected, 1e-12, 1e-3):
                 return _Found(way, num_outputs=again.numel(), nbytes=meter.nbytes)
             break
     _log.info(
-        "Gradients of %s are made one sample at a time by plain autograd, since torch.func.vmap cannot make them: %s",
+        "Gradients of %s are made one sample at a time by plain autograd, which torch.func.vmap cannot replace: %s",
         type(function.net).__name__,
         refused,
     )
@@ -192,7 +178,7 @@ def _try_products(rows: GradientRows, plain: OneByOneRows, samples: Inputs) -> _
         except Exception as error:  # an operation without this derivative, in whatever way it says so
             _log.info("%s has no products by %s mode: %s", type(rows.function.net).__name__, way, error)
             continue
-        same = all(agree(pulled[name], expected, 1e-9, 1e-3) for name, expected in gradient.items())
+        same = all(agree(pulled[name], expected, 1e-12, 1e-3) for name, expected in gradient.items())
         if same and watch.found is None and is_adjoint(direction, product, cotangent, gradient):
             return way
     return "one by one"

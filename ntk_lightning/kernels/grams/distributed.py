@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -140,13 +140,14 @@ def distributed_cross(kernel: Kernel, x1: Tensor, x2: Tensor, *, progress: bool 
 def _agree_on_inputs(*inputs: Tensor) -> None:
     """Raise on all ranks where their inputs differ, before anything is computed."""
     agree_on_tensors(
-        dict(
-            itertools.chain.from_iterable(
-                named_tensors(getattr(x, "leaves", x), f"inputs {i}") for i, x in enumerate(inputs, 1)
-            )
-        ),
+        dict(itertools.chain.from_iterable(_tensors(x, f"inputs {i}") for i, x in enumerate(inputs, 1))),
         "every process must pass the same samples in the same order, so seed whatever draws or splits them.",
     )
+
+
+def _tensors(x: object, name: str) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a network's arguments, which EmpiricalNTK hands over as one object that can be cut."""
+    return named_tensors(getattr(x, "leaves", x), name)
 
 
 def _exchange(
