@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -38,8 +38,8 @@ def network_name(module: LightningModule, name: str | None = None) -> str:
     Args:
         module: Module that holds it, built.
         name: Attribute path of the submodule that maps inputs to outputs; "" is the module itself, by its forward.
-            None finds it: the submodule called ``net``; else the only child with parameters, where the module has
-            none beside it; else the module itself, where it has a forward.
+            None finds it: the submodule called ``net``; else the only child with parameters that are trained, where the
+            module has none beside it; else the module itself, where it has a forward.
 
     Returns:
         The attribute path.
@@ -62,14 +62,18 @@ def network_name(module: LightningModule, name: str | None = None) -> str:
         return name
     if "net" in children:
         return "net"
-    trained = [child for child, part in module.named_children() if next(part.parameters(), None) is not None]
-    own = next(module.parameters(recurse=False), None) is not None
+    trained = [child for child, part in module.named_children() if _is_trained(part.parameters())]
+    own = _is_trained(module.parameters(recurse=False))
     if len(trained) == 1 and not own:
         return trained[0]
     if (trained or own) and _has_forward(module):
         return ""
-    found = f"the submodules {trained} have parameters, and it has no forward" if trained else "nothing has parameters"
+    found = f"the submodules {trained} are trained, and it has no forward" if trained else "nothing in it is trained"
     raise AttributeError(f"The network of {type(module).__name__} is not known: {found}. {give}")
+
+
+def _is_trained(parameters: Iterable[nn.Parameter]) -> bool:
+    return any(parameter.requires_grad for parameter in parameters)
 
 
 def _has_forward(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -110,8 +111,8 @@ class NestedProblem:
         """
         gram, targets = self._first(n)
         largest = float(torch.linalg.eigvalsh(gram.double())[-1])
-        smallest = len(gram) * torch.finfo(gram.dtype).eps  # as a share: what rounding leaves of the eigenvalues
-        shares = torch.logspace(1, torch.tensor(10 * smallest).log10().item(), _RIDGES, dtype=torch.float64)
+        smallest = max(10 * len(gram) * torch.finfo(gram.dtype).eps, 1e-10)  # of the eigenvalues: below it is rounding
+        shares = torch.logspace(1, math.log10(smallest), _RIDGES, dtype=torch.float64)
         regularizations = shares * largest / n
         fits = [ridge(gram, targets, float(each), **self._sets(n)) for each in regularizations]
         curves = {}
@@ -150,7 +151,7 @@ def flow_times(eigenvalues: Tensor, num_targets: int, precision: float) -> list[
     rates = 2 * eigenvalues / num_targets
     fastest = max(float(rates[-1]), torch.finfo(torch.float64).tiny)
     slowest = max(float(rates[0]), len(rates) * precision * fastest)  # below that an eigenvalue is rounding
-    start, end = torch.tensor([0.01 / fastest, 10 / slowest], dtype=torch.float64).log10().tolist()
+    start, end = math.log10(0.01 / fastest), math.log10(10 / slowest)
     return [0.0, *torch.logspace(start, end, _TIMES, dtype=torch.float64).tolist()]
 
 

@@ -74,7 +74,7 @@ def log_table(trainer: Trainer, name: str, rows: Sequence[dict[str, Any]]) -> No
     Args:
         trainer: Trainer of the run.
         name: Name of the table.
-        rows: Cells by column, the same columns in every row.
+        rows: Cells by column; a column that a row does not have is empty there.
 
     Raises:
         OSError: The table cannot be written; the message holds it.
@@ -82,9 +82,10 @@ def log_table(trainer: Trainer, name: str, rows: Sequence[dict[str, Any]]) -> No
     if not trainer.is_global_zero or not rows or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside the class
         return
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    cells = [[row.get(column) for column in columns] for row in rows]
+    writer = csv.writer(text)
+    writer.writerows([columns, *cells])
     advice = f"{ADVICE}; the table is\n{text.getvalue()}"
     path = run_folder(trainer, advice) / f"{name}.csv"
     with atomic_write(path, advice) as temporary:
@@ -92,9 +93,9 @@ def log_table(trainer: Trainer, name: str, rows: Sequence[dict[str, Any]]) -> No
     for logger in trainer.loggers:
         experiment = _experiment(logger)
         if hasattr(logger, "log_table"):  # W&B
-            logger.log_table(name, list(rows[0]), [list(row.values()) for row in rows])
+            logger.log_table(name, columns, cells)
         elif hasattr(experiment, "add_text"):  # TensorBoard
-            experiment.add_text(name, _markdown(rows), trainer.global_step)
+            experiment.add_text(name, _markdown(columns, cells), trainer.global_step)
         else:
             _log_file(logger, experiment, path)
 
@@ -142,11 +143,10 @@ def _log_file(logger: Any, experiment: Any, path: Path) -> None:  # noqa: ANN401
         experiment.log_artifact(logger.run_id, str(path))
 
 
-def _markdown(rows: Sequence[dict[str, Any]]) -> str:
+def _markdown(columns: list[str], cells: list[list[Any]]) -> str:
     """Lay out a table as TensorBoard shows it."""
-    lines = [list(rows[0]), ["---"] * len(rows[0])]
-    for row in rows:
-        lines.append(
-            ["" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()]
-        )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    texts = [
+        ["" if each is None else f"{each:.4g}" if isinstance(each, float) else str(each) for each in row]
+        for row in cells
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *texts])
