@@ -63,7 +63,7 @@ def expectations(name: str, k12: Any, k11: Any, k22: Any) -> tuple[Any, Any]:  #
     return odd**2 * k12 + even**2 * scale * (2 / pi * mpmath.sqrt(1 - r**2) + r * arcsin), odd**2 + even**2 * arcsin
 
 
-def exact(name: str, x: Tensor, y: Tensor, depth: int, fan_in: int = 1) -> tuple[float, float]:
+def exact(name: str, x: Tensor, y: Tensor, depth: int, fan_in: int = 1, bias: float = 0) -> tuple[float, float]:
     """NNGP and NTK of one pair of vectors; a convolution of 3x3 sees one pixel in nine (fan_in)."""
     with mpmath.workdps(400):
         v, w = ([mpmath.mpf(float(entry)) for entry in z] for z in (x, y))
@@ -76,7 +76,7 @@ def exact(name: str, x: Tensor, y: Tensor, depth: int, fan_in: int = 1) -> tuple
                 ks = [nngp, expectations(name, *[ks[1]] * 3)[0], expectations(name, *[ks[2]] * 3)[0]]
                 theta *= derivative
             scale = variance / (fan_in if layer < depth else 1)
-            ks = [scale * k for k in ks]
+            ks = [scale * k + mpmath.mpf(bias) ** 2 for k in ks]
             theta = scale * theta + ks[0]
         return float(ks[0]), float(theta)
 
@@ -94,17 +94,16 @@ def relatives(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", ACTIVATIONS)
-@pytest.mark.parametrize("depth", [1, 3])
-def test_vectors_of_any_size_with_equal_ones_and_multiples(name: str, depth: int, scale: float) -> None:
+@pytest.mark.parametrize(("depth", "bias"), [(1, 0.0), (3, 0.0), (2, 0.3)])
+def test_vectors_of_any_size_with_equal_ones_and_multiples(name: str, depth: int, bias: float, scale: float) -> None:
     x = scale * integers(2, 5)
     y = relatives(x)
-    rtol = DEEP_GELU if name == "gelu" and depth > 1 else 1e-12
-    net = MLP(4, depth, 5, ACTIVATIONS[name])
-    expected = torch.tensor([[exact(name, a, b, depth) for b in y] for a in x], dtype=D)
+    net = MLP(4, depth, 5, ACTIVATIONS[name], bias_std=bias)
+    expected = torch.tensor([[exact(name, a, b, depth, bias=bias) for b in y] for a in x], dtype=D)
     for kind, values in zip(("nngp", "ntk"), expected.unbind(-1), strict=True):
         kernel = InfiniteNTK(net, kind)  # type: ignore[arg-type]
         floor = 1e-15 * float(values.abs().max()) if name in ("relu", "leaky") else 0.0  # opposite vectors: exactly 0
-        torch.testing.assert_close(kernel(x, y), values, rtol=rtol, atol=floor)
+        torch.testing.assert_close(kernel(x, y), values, rtol=1e-12, atol=floor)
         torch.testing.assert_close(kernel(x), values[:, :2], rtol=1e-12, atol=0)
         torch.testing.assert_close(kernel.diag(x), values.diagonal(), rtol=1e-12, atol=0)
 
@@ -182,12 +181,17 @@ def test_equal_vectors_of_another_set_whatever_the_order_of_a_sum(n: int, featur
     torch.testing.assert_close(gram[:, 5 + n :].diagonal(), 0.3 * expected, rtol=1e-12, atol=0)
 
 
-def test_near_duplicates_are_not_taken_for_equal() -> None:
-    x = torch.randn(1, 4000, generator=torch.Generator().manual_seed(0), dtype=D)
-    y = x + 1e-6 * torch.randn(1, 4000, generator=torch.Generator().manual_seed(1), dtype=D)
-    expected = exact("relu", x[0], y[0], 1)[1]
-    assert abs(expected / exact("relu", x[0], x[0], 1)[1] - 1) > 1e-7
-    torch.testing.assert_close(float(InfiniteNTK(MLP(4, 1, 4000))(x, y)), expected, rtol=1e-9, atol=0)
+@pytest.mark.parametrize("distance", [1e-3, 1e-6, 1e-9, 1e-12])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("bias", [0.0, 0.3])
+def test_near_duplicates_are_not_taken_for_equal(name: str, distance: float, bias: float) -> None:
+    x, other = torch.randn(2, 1, 50, generator=torch.Generator().manual_seed(0), dtype=D)
+    for y in (x + distance * other, -3 * x + distance * other):
+        expected = exact(name, x[0], y[0], 2, bias=bias)
+        for kind, value in zip(("nngp", "ntk"), expected, strict=True):
+            kernel = InfiniteNTK(MLP(4, 2, 50, ACTIVATIONS[name], bias_std=bias), kind)  # type: ignore[arg-type]
+            floor = 1e-12 * float((kernel.diag(x) * kernel.diag(y)).sqrt())
+            torch.testing.assert_close(float(kernel(x, y)), value, rtol=1e-12, atol=floor)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -422,6 +426,6 @@ def test_the_callback_takes_a_compiled_network(tmp_path: Any) -> None:  # noqa: 
             net = torch.compile(net, backend="eager")  # type: ignore[assignment]
         callback = InfiniteNTKFit()
         fit(FiniteNetwork(net, OPTIMIZER), data(), epochs=1, callbacks=[callback], default_root_dir=tmp_path)
-        errors.append([arm.row() for arm in callback.arms()])
+        errors.append([model.row() for model in callback.model_errors()])
     assert errors[0] == errors[1]
     assert math.isfinite(errors[0][0]["optimal_error"])

@@ -302,7 +302,7 @@ class _Draws:
             raise ValueError(f"matvec must return {tuple(v.shape)}, as it was given, got {tuple(product.shape)}.")
         if not torch.isfinite(product).all():
             raise ValueError("matvec returned a NaN or infinite entry: has the network diverged?")
-        return product.double()
+        return product.to(v)
 
 
 def _share(products: int, parts: int) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Hashable
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -15,15 +15,15 @@ from torch.func import functional_call, jvp
 
 from ntk_lightning.kernels.empirical.derivatives import (
     ForwardModeWatch,
-    at_size_one,
     differentiable_attention,
-    dot,
     is_adjoint,
 )
 from ntk_lightning.kernels.empirical.inputs import Inputs
 from ntk_lightning.kernels.empirical.network_function import Output
 from ntk_lightning.kernels.empirical.network_state import Weights, preserved, usable
 from ntk_lightning.kernels.empirical.rows import AllocationMeter
+from ntk_lightning.kernels.empirical.standard_layers import is_standard
+from ntk_lightning.modules.gradient_product import by_gradients
 from ntk_lightning.precision import own_precision
 
 __all__ = ["taylor_expansion"]
@@ -90,7 +90,8 @@ def taylor_expansion(
             )
     training = torch.is_grad_enabled()
     inputs = Inputs.of(x)
-    with torch.inference_mode(False), torch.enable_grad(), differentiable_attention(), preserved(net):
+    standard = is_standard(net) and not callable(output)
+    with torch.inference_mode(False), torch.enable_grad(), nullcontext() if standard else _untouched(net):
         inputs = inputs.with_leaves(map(usable, inputs.leaves))
         fixed = {name: usable(weight) for name, weight in w0.items()}
         along = {name: usable(d) if training else usable(d).detach() for name, d in displacement.items()}
@@ -103,10 +104,20 @@ def taylor_expansion(
 
             return f
 
-        values = _forward_or_reverse(net, outputs, inputs, moved, along, order, output)
+        if standard:
+            values = _by_forward_mode(outputs(inputs), moved, along, order)
+        else:
+            values = _forward_or_reverse(net, outputs, inputs, moved, along, order, output)
         terms = [value / math.factorial(j) for j, value in enumerate(values)]
         expansion = torch.stack(terms[0 if include_f0 else 1 :]).sum(0)
     return expansion if training else expansion.detach()
+
+
+@contextmanager
+def _untouched(net: nn.Module) -> Iterator[None]:
+    """Differentiate what a network of any kind does, and leave its attributes as they are."""
+    with differentiable_attention(), preserved(net):
+        yield
 
 
 def _forward_or_reverse(
@@ -134,7 +145,7 @@ def _forward_or_reverse(
         known[key] = "reverse"  # a branch of the network that the trial did not see
     if known[key] == "reverse":
         return _by_reverse_mode(f, w, direction, order)
-    return _by_gradients([outputs(sample) for sample in inputs.split(1)], w, direction)
+    return by_gradients([outputs(sample) for sample in inputs.split(1)], w, direction)
 
 
 def _try(net: nn.Module, f: _Function, w: Weights, order: int, device: torch.device) -> _Way:
@@ -217,63 +228,6 @@ def _by_reverse_mode(f: _Function, w: Weights, direction: Weights, order: int) -
         else:
             values.append(torch.autograd.grad(slope, u, create_graph=True)[0])
     return tuple(values)
-
-
-def _by_gradients(singles: list[_Function], w: Weights, direction: Weights) -> tuple[Tensor, ...]:
-    """Outputs f and f' = J d from the outputs of single samples, by first derivatives only."""
-    apply: Callable[..., Tensor] = _GradientProduct.apply
-    product = apply(singles, w, tuple(direction), *direction.values())
-    with torch.no_grad():
-        return torch.cat([f(w) for f in singles]), product
-
-
-class _GradientProduct(torch.autograd.Function):
-    """J d, one gradient for every output of every sample; its backward is J^T u, one for every sample."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,  # noqa: ANN401 - torch's
-        singles: list[_Function],
-        w: Weights,
-        names: tuple[str, ...],
-        *direction: Tensor,
-    ) -> Tensor:
-        """Multiply."""
-        ctx.singles, ctx.w, ctx.names = singles, {name: w[name].detach() for name in names}, names
-        products = []
-        for f in singles:
-            value, leaves = _GradientProduct.graph(f, ctx.w)
-            slopes = []
-            for u in torch.eye(value.numel(), dtype=value.dtype, device=value.device):
-                gradient = _GradientProduct.gradient(value, leaves, u.reshape(value.shape))
-                slopes.append(dot(gradient, dict(zip(names, direction, strict=True))))
-            products.append(torch.stack(slopes).to(value).reshape(value.shape))
-        return torch.cat(products)
-
-    @staticmethod
-    def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - torch's
-        """Multiply with the transpose."""
-        total = {name: torch.zeros_like(weight) for name, weight in ctx.w.items()}
-        for f, part in zip(ctx.singles, u.split(1), strict=True):
-            value, leaves = _GradientProduct.graph(f, ctx.w)
-            for name, gradient in _GradientProduct.gradient(value, leaves, part).items():
-                total[name] += gradient
-        return None, None, None, *total.values()
-
-    @staticmethod
-    def graph(f: _Function, w: Weights) -> tuple[Tensor, Weights]:
-        """The output of one sample and the weights that it can be differentiated in."""
-        leaves = {name: weight.clone().requires_grad_() for name, weight in w.items()}
-        with torch.enable_grad(), differentiable_attention():
-            return f(leaves), leaves
-
-    @staticmethod
-    def gradient(value: Tensor, leaves: Weights, u: Tensor) -> Weights:
-        """The gradient of u^T f."""
-        inputs = list(leaves.values())
-        unit, size = at_size_one(u)
-        found = torch.autograd.grad(value, inputs, unit, retain_graph=True, allow_unused=True, materialize_grads=True)
-        return {name: gradient * size for name, gradient in zip(leaves, found, strict=True)}
 
 
 def _selected(output: Output, returned: Any) -> Tensor:  # noqa: ANN401 - whatever the network returns

@@ -29,7 +29,7 @@ from ntk_lightning.kernels.empirical.sample_independence import (
     outputs_of,
 )
 from ntk_lightning.kernels.empirical.slow_path import OneByOneRows, PlainNetwork
-from ntk_lightning.networks import Erf, NTKConv2d, NTKLinear, Residual
+from ntk_lightning.kernels.empirical.standard_layers import is_standard
 
 __all__ = ["choose_products", "choose_rows"]
 
@@ -51,16 +51,6 @@ class _Found:
     measured: dict[Hashable, dict[Hashable, int]] = field(default_factory=dict)  # likewise, by its options
 
 
-# Layers that neither mix samples (check_modes refuses batch norm in training) nor draw random numbers, and that vmap
-# and both modes of differentiation are known to take. A network of nothing else is not tried.
-_STANDARD = {
-    *(nn.Sequential, Residual, nn.Identity, nn.Flatten, nn.Dropout),
-    *(NTKLinear, NTKConv2d, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus, Erf),
-    *(nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.MaxPool2d),
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm),
-}
-
 _known: WeakKeyDictionary[nn.Module, dict[Hashable, _Found]] = WeakKeyDictionary()
 
 
@@ -80,7 +70,8 @@ def choose_rows(function: NetworkFunction, inputs: list[Inputs], per_layer: bool
         ValueError: The network mixes samples, draws random numbers, or gives no outputs that can be differentiated.
     """
     known, key, plain = _known.setdefault(function.net, {}), _key(function, inputs), None
-    if key not in known and _is_standard(function):
+    numbers = all(leaf.is_floating_point() for leaf in inputs[0].leaves)
+    if key not in known and numbers and not callable(function.output) and is_standard(function.net):
         known[key] = _Found("at once", "forward", batched=True)
     elif key not in known:
         plain = PlainNetwork(function)
@@ -116,15 +107,6 @@ def choose_products(rows: Rows, inputs: list[Inputs]) -> Rows:
             return plain
     rows.forward_mode = found.products == "forward"
     return rows
-
-
-def _is_standard(function: NetworkFunction) -> bool:
-    """Whether a network consists of layers that are known to be taken, with no hooks and no function of its output."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return not callable(function.output) and all(
-        type(module) in _STANDARD and not any(getattr(module, name) for name in hooks)
-        for module in function.net.modules()
-    )
 
 
 def _key(function: NetworkFunction, inputs: list[Inputs]) -> tuple[Hashable, ...]:

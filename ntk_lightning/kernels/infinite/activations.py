@@ -31,6 +31,7 @@ __all__ = [
     "ACTIVATIONS",
     "ROUNDING",
     "Activation",
+    "Near",
     "Pair",
     "Row",
     "dual_activation",
@@ -49,11 +50,18 @@ class Activation:
     negative_slope: float = 0.0
 
 
+class Near(NamedTuple):
+    """The pairs whose 1 - r^2 is known better than covariances tell it: which, and what it is there."""
+
+    mask: Tensor  # (n1, n2)
+    sine2: Tensor  # of the pairs in the mask, in their order
+
+
 class Pair(NamedTuple):
     """Covariances of u and v as the duals need them; all of one shape, or broadcastable to it.
 
-    ``r`` is the correlation, 0 where a variance is 0 and exactly 1 or -1 where it is so up to rounding; ``k12`` is
-    ``r * scale`` there; ``sine2`` is 1 - r^2.
+    ``r`` is the correlation, 0 where a variance is 0 and NaN where one is infinite; ``sine2`` is 1 - r^2, exactly 0
+    where it is so up to rounding, and there ``k12`` is ``scale`` or its negative.
     """
 
     k12: Tensor
@@ -64,15 +72,20 @@ class Pair(NamedTuple):
     sine2: Tensor
 
     @classmethod
-    def of(cls, k12: Tensor, k11: Tensor, k22: Tensor) -> Pair:
+    def of(cls, k12: Tensor, k11: Tensor, k22: Tensor, near: Near | None = None) -> Pair:
         """Prepare covariances; their gradients are finite, and at r = 1 and -1 those of r held fixed."""
-        scale = _sqrt(k11) * _sqrt(k22)  # not sqrt(k11 * k22), which over- or underflows
-        r = torch.where(scale > 0, k12 / torch.where(scale > 0, scale, 1), 0)
-        aligned = 1 - r.abs() <= ROUNDING * torch.finfo(r.dtype).eps
-        r = torch.where(aligned, r.detach().sign(), r)
-        k12 = torch.where(aligned, r * scale, k12)
-        k12 = torch.where(scale.isinf(), torch.nan, k12)  # an overflow must not look like a correlation of 0
-        return cls(k12, k11, k22, scale, r, torch.where(aligned, 0, (1 - r) * (1 + r)))
+        root1, root2 = _sqrt(k11), _sqrt(k22)
+        r = k12 * _inverse(root1) * _inverse(root2)  # never a product of variances, which over- or underflows
+        scale = root1 * root2
+        size = r.abs()
+        aligned = 1 - size <= ROUNDING * torch.finfo(r.dtype).eps
+        k12 = torch.where(aligned, r.detach().sign() * scale, k12)
+        sine2 = ((1 - size) * (1 + size)).masked_fill(aligned, 0)
+        return cls(k12, k11, k22, scale, r, sine2 if near is None else sine2.masked_scatter(near.mask, near.sine2))
+
+    def versine(self) -> Tensor:
+        """1 - r to relative precision."""
+        return torch.where(self.r > 0, self.sine2 / (1 + self.r.clamp_min(0)), 1 - self.r)
 
 
 @dataclass(frozen=True)
@@ -87,6 +100,8 @@ class Row:
         compiled: Compiled backends that have it, of "cpu" (``fused_cpu_numba``) and "cuda" (``fused_cuda_triton``).
         variance: A bound on E[phi(u)^2], given a bound on that of u, and the layer.
         float32_variance: Variance of u above which float32 does not hold E[phi'(u) phi'(v)].
+        shortfall: 1 - E[phi(u) phi(v)] / (h sqrt(k11 k22)) to relative precision where it is small, h E[phi(u)^2] / k11
+            in the limit of large k11; None where no precision is lost to correlations near 1.
     """
 
     words: str
@@ -96,6 +111,7 @@ class Row:
     compiled: frozenset[str] = frozenset()
     variance: Callable[[float, Activation], float] = lambda variance, _: variance
     float32_variance: float = math.inf
+    shortfall: Callable[[Pair, Activation], Tensor] | None = None
 
 
 def _relu(pair: Pair, activation: Activation) -> tuple[Tensor, Tensor]:
@@ -106,6 +122,24 @@ def _relu(pair: Pair, activation: Activation) -> tuple[Tensor, Tensor]:
     s, gain = activation.negative_slope, (1 - activation.negative_slope) ** 2 / (2 * math.pi)
     nngp = s * k12 + gain * (scale * sine2 * sine + k12 * less_its_sine(angle, sine, -r))
     return nngp, s + gain * angle
+
+
+def _relu_shortfall(pair: Pair, activation: Activation) -> Tensor:
+    """1 - r - (1 - s)^2 / (pi (1 + s^2)) (sin a - a cos a), with a = arccos(r)."""
+    sine = pair.sine2.sqrt()
+    angle = torch.atan2(sine, pair.r)
+    share = (1 - activation.negative_slope) ** 2 / (math.pi * (1 + activation.negative_slope**2))
+    return pair.versine() - share * (sine**3 - pair.r * less_its_sine(angle, sine, pair.r))
+
+
+def _gelu_shortfall(pair: Pair, _: Activation) -> Tensor:
+    """1 - r + (r (c - sin c cos c) - r cos(c) (a b)^2 / sin(c) - cos(c) sin(c) (1 - r^2) / r) / pi, as in ``_gelu``."""
+    a2, b2 = 1 / (1 + pair.k11), 1 / (1 + pair.k22)
+    ab, sine = a2.sqrt() * b2.sqrt(), _sine(a2, b2, pair.sine2)
+    cosine = pair.k12 * ab
+    bow = less_its_sine(torch.atan2(sine, cosine), sine, cosine)
+    lost = pair.r * (bow - cosine * ab * (ab / sine)) - pair.scale * ab * pair.sine2 * sine
+    return pair.versine() + lost / math.pi
 
 
 def _erf(pair: Pair, _: Activation) -> tuple[Tensor, Tensor]:
@@ -136,7 +170,15 @@ def _sine(a2: Tensor, b2: Tensor, sine2: Tensor) -> Tensor:
 
 def _sqrt(k: Tensor) -> Tensor:
     """Square root, 0 below 0, where rounding can leave a variance; its gradient is 0 there, not infinite."""
+    if not k.requires_grad:
+        return k.clamp_min(0).sqrt()
     return torch.where(k > 0, torch.where(k > 0, k, 1).sqrt(), 0)
+
+
+def _inverse(root: Tensor) -> Tensor:
+    """1 / root, 0 of 0; NaN of infinity, since an overflow must not look like a correlation of 0."""
+    inverse = torch.where(root > 0, 1 / torch.where(root > 0, root, 1), 0)
+    return torch.where(root.isinf(), torch.nan, inverse)
 
 
 def _read_relu(module: nn.Module) -> Activation:
@@ -152,8 +194,9 @@ ACTIVATIONS: dict[str, Row] = {
     "relu": Row(
         *("nn.ReLU, nn.LeakyReLU", (nn.ReLU, nn.LeakyReLU), _read_relu, _relu, _BOTH),
         variance=lambda variance, activation: variance * max(1.0, activation.negative_slope**2),
+        shortfall=_relu_shortfall,
     ),
-    "gelu": Row("nn.GELU (exact)", (nn.GELU,), _read_gelu, _gelu, _BOTH),
+    "gelu": Row("nn.GELU (exact)", (nn.GELU,), _read_gelu, _gelu, _BOTH, shortfall=_gelu_shortfall),
     "erf": Row(
         *("Erf", (Erf,), lambda _: Activation("erf"), _erf, _BOTH),
         variance=lambda *_: 1.0,
@@ -179,7 +222,9 @@ def read_activation(module: nn.Module) -> Activation | None:
     return next((row.read(module) for row in rows), None)
 
 
-def dual_activation(activation: Activation, k12: Tensor, k11: Tensor, k22: Tensor) -> tuple[Tensor, Tensor]:
+def dual_activation(
+    activation: Activation, k12: Tensor, k11: Tensor, k22: Tensor, near: Near | None = None
+) -> tuple[Tensor, Tensor]:
     """Expectations E[phi(u) phi(v)] and E[phi'(u) phi'(v)] for (u, v) ~ N(0, [[k11, k12], [k12, k22]]).
 
     Args:
@@ -187,6 +232,7 @@ def dual_activation(activation: Activation, k12: Tensor, k11: Tensor, k22: Tenso
         k12: Covariances, any shape.
         k11: Variances of u, broadcastable to k12.
         k22: Variances of v, broadcastable to k12.
+        near: Pairs, of k12 (n1, n2), whose correlations are known better than the covariances tell them.
 
     Returns:
         Both expectations, each of the shape of k12. Where u and v are multiples of each other, the derivative of ReLU's
@@ -203,7 +249,7 @@ def dual_activation(activation: Activation, k12: Tensor, k11: Tensor, k22: Tenso
     row = ACTIVATIONS.get(activation.name)
     if row is None:
         raise NotImplementedError(f"No dual activation of {activation.name!r}.")
-    return row.dual(Pair.of(k12, k11, k22), activation)
+    return row.dual(Pair.of(k12, k11, k22, near), activation)
 
 
 def less_its_sine(angle: Tensor, sine: Tensor, cosine: Tensor) -> Tensor:
@@ -222,7 +268,11 @@ def less_its_sine(angle: Tensor, sine: Tensor, cosine: Tensor) -> Tensor:
         >>> less_its_sine(angle, angle.sin(), angle.cos())
         tensor([6.6667e-16, 3.1397e+00], dtype=torch.float64)
     """
-    series, y = torch.ones_like(angle), 4 * angle**2
+    difference, small = angle - sine * cosine, angle < 0.3
+    if not small.any():
+        return difference
+    x = angle[small]
+    series, y = torch.ones_like(x), 4 * x**2
     for n in (18, 16, 14, 12, 10, 8, 6, 4):
         series = 1 - y / (n * (n + 1)) * series
-    return torch.where(angle < 0.3, angle**3 * (2 / 3) * series, angle - sine * cosine)
+    return difference.index_put((small,), x**3 * (2 / 3) * series)

@@ -20,37 +20,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ntk_lightning.kernels.infinite.activations import ROUNDING, Activation, Pair, dual_activation
-from ntk_lightning.kernels.infinite.architecture import (
-    Conv,
-    Flatten,
-    GlobalAvgPool,
-    Layer,
-    Linear,
-    Pool,
-    Sum,
-)
+from ntk_lightning.kernels.infinite.activations import ROUNDING, Activation, Near, dual_activation
+from ntk_lightning.kernels.infinite.alignment import after_activation, after_affine, input_alignment
+from ntk_lightning.kernels.infinite.architecture import Conv, Flatten, GlobalAvgPool, Layer, Linear, Pool, Sum
 
 __all__ = ["dual_activation", "gram"]
-
-_ROUNDING_ENTRIES = 2**20
 
 
 @dataclass(frozen=True)
 class _Fields:
     """Covariances of a block of pairs, (n1, n2) for vectors and (n1, n2, H, W, H, W) for images.
 
-    ``self1`` and ``self2`` are the covariances of every input with itself, (n1, ...) and (n2, ...).
+    ``self1`` and ``self2`` are the covariances of every input with itself, (n1, ...) and (n2, ...). ``near`` are pairs
+    of vectors whose correlation is known better than the covariances tell it.
     """
 
     nngp: Tensor
     ntk: Tensor
     self1: Tensor
     self2: Tensor
+    near: Near | None = None
 
     def map(self, linear: Layer) -> _Fields:
         """Apply a layer that acts on every covariance alike."""
-        return _Fields(*(_linear_map(linear, k) for k in (self.nngp, self.ntk, self.self1, self.self2)))
+        nngp, ntk, self1, self2 = (_linear_map(linear, k) for k in (self.nngp, self.ntk, self.self1, self.self2))
+        return _Fields(nngp, ntk, self1, self2)
 
 
 def gram(layers: Sequence[Layer], x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,38 +58,26 @@ def gram(layers: Sequence[Layer], x1: Tensor, x2: Tensor) -> tuple[Tensor, Tenso
     Returns:
         NNGP and NTK, each (n1, n2).
     """
-    nngp = _input_covariance(x1, x2)
-    fields = _Fields(nngp, torch.zeros_like(nngp), _input_variance(x1), _input_variance(x2))
+    nngp, near = _input_covariance(x1, x2)
+    fields = _Fields(nngp, torch.zeros_like(nngp), _input_variance(x1), _input_variance(x2), near)
     if x1 is x2:
         nngp.diagonal().copy_(fields.self1.movedim(0, -1))  # equal to the last bit, so that correlations are one
     fields = _apply(layers, fields)
     return fields.nngp, fields.ntk
 
 
-def _input_covariance(x1: Tensor, x2: Tensor) -> Tensor:
+def _input_covariance(x1: Tensor, x2: Tensor) -> tuple[Tensor, Near | None]:
     """Mean over channels of all products of pixels, (n1, n2, H, W, H, W); of vectors, (n1, n2)."""
-    images = x1.dim() == 4
-    k = (torch.einsum("achw,bcij->ahwbij", x1, x2) if images else x1 @ x2.T) / x1.shape[1]
-    rows1, rows2 = (x.movedim(1, -1).reshape(-1, x.shape[1]) for x in (x1, x2))
-    k = k + _rounding(k.detach().reshape(len(rows1), -1), rows1.detach(), rows2.detach()).reshape(k.shape)
-    return k.movedim(3, 1) if images else k
-
-
-def _rounding(k: Tensor, rows1: Tensor, rows2: Tensor) -> Tensor:
-    """What sums over many channels lost by rounding, of vectors that are nearly multiples of each other, (n1, n2)."""
-    # With unit vectors u and v, 1 -+ u.v = |u -+ v|^2 / 2 does not depend on the order in which a sum is rounded.
-    d, eps = rows1.shape[1], torch.finfo(k.dtype).eps
-    correction = torch.zeros_like(k)
-    if d <= ROUNDING:  # then a sum rounds less than what counts as a correlation of 1
-        return correction
-    pair = Pair.of(k, _input_variance(rows1)[:, None], _input_variance(rows2)[None])
-    near = ((pair.r.abs() > 1 - d * eps) & (pair.sine2 > 0)).nonzero()
-    for i, j in (part.unbind(1) for part in near.split(max(1, _ROUNDING_ENTRIES // d))):
-        u, v = (F.normalize(rows, dim=1, eps=0) for rows in (rows1[i], rows2[j]))
-        sign, scale = pair.r[i, j].sign(), pair.scale.expand_as(k)[i, j]
-        exact = sign * (1 - (u - sign[:, None] * v).square().sum(1) / 2) * scale
-        correction[i, j] = exact - k[i, j]
-    return correction
+    if x1.dim() == 2:
+        k = x1 @ x2.T / x1.shape[1]
+        better, near = input_alignment(k.detach(), x1.detach(), x2.detach())
+        return (k + (better - k.detach()), None) if k.requires_grad else (better, near)
+    k = torch.einsum("achw,bcij->ahwbij", x1, x2) / x1.shape[1]
+    if x1.shape[1] > ROUNDING:  # with fewer channels, sums round less than what counts as a correlation of 1
+        rows1, rows2 = (x.detach().movedim(1, -1).reshape(-1, x.shape[1]) for x in (x1, x2))
+        flat = k.detach().reshape(len(rows1), len(rows2))
+        k = k + (input_alignment(flat, rows1, rows2)[0] - flat).reshape(k.shape)
+    return k.movedim(3, 1), None
 
 
 def _input_variance(x: Tensor) -> Tensor:
@@ -107,7 +89,11 @@ def _apply(layers: Sequence[Layer], k: _Fields) -> _Fields:
     for layer in layers:
         match layer:
             case Linear() | Conv():
-                k = k.map(layer)
+                near = k.near
+                if near is not None and isinstance(layer, Linear):
+                    variances = k.self1[:, None], k.self2
+                    near = after_affine(near, k.nngp, *variances, layer.weight_std, layer.bias_std)
+                k = replace(k.map(layer), near=near)
                 k = replace(k, ntk=k.ntk - layer.bias_std**2 + k.nngp)  # the bias counts once, inside the new NNGP
             case Activation():
                 diagonal1, diagonal2 = _pixel_variance(k.self1), _pixel_variance(k.self2)
@@ -118,13 +104,14 @@ def _apply(layers: Sequence[Layer], k: _Fields) -> _Fields:
                 else:
                     left, right = diagonal1[:, None], diagonal2[None]
                     self1, self2 = (dual_activation(layer, s, s, s)[0] for s in (k.self1, k.self2))
-                nngp, derivative = dual_activation(layer, k.nngp, left, right)
-                k = _Fields(nngp, k.ntk * derivative, self1, self2)
+                nngp, derivative = dual_activation(layer, k.nngp, left, right, k.near)
+                near = None if k.near is None else after_activation(layer, k.near, k.nngp, left, right)
+                k = _Fields(nngp, k.ntk * derivative, self1, self2, near)
             case Sum(body, shortcut):
                 a, b = _apply(body, k), _apply(shortcut, k)
                 k = _Fields(a.nngp + b.nngp, a.ntk + b.ntk, a.self1 + b.self1, a.self2 + b.self2)
             case Pool() | GlobalAvgPool() | Flatten():
-                k = k.map(layer)
+                k = replace(k.map(layer), near=k.near)  # vectors, of which alone it is known, pass nn.Flatten only
     return k
 
 
