@@ -42,22 +42,22 @@ def comparison_table(models: list[ModelErrors]) -> Table:
         models: One a row.
 
     Returns:
-        The table, errors in percent.
+        The table, errors in percent; of losses where the targets are real.
     """
-    validated = any(model.validated_error is not None for model in models)
-    table = Table(title="Test error (%)")
+    real = all(model.optimal_error is None for model in models)
+    validated = any((model.validated_loss if real else model.validated_error) is not None for model in models)
+    table = Table(title="Test loss" if real else "Test error (%)")
     table.add_column("model")
     columns = ["n", "optimal early stopping (oracle)", "at step", "last step"]
     for column in [*columns, *(["best validation step"] if validated else [])]:
         table.add_column(column, justify="right")
     for model in models:
-        cells = [
-            f"{model.n}",
-            f"{100 * model.optimal_error:.2f}",
-            f"{model.optimal_step}",
-            f"{100 * model.last_error:.2f}",
-        ]
-        if validated:
-            cells.append("" if model.validated_error is None else f"{100 * model.validated_error:.2f}")
-        table.add_row(model.name, *cells)
+        errors = (
+            (model.optimal_loss, model.last_loss, model.validated_loss)
+            if real
+            else (model.optimal_error, model.last_error, model.validated_error)
+        )
+        least, last, chosen = ("" if e is None else f"{e:.4g}" if real else f"{100 * e:.2f}" for e in errors)
+        step = f"{model.optimal_step}" if isinstance(model.optimal_step, int) else f"{model.optimal_step:.3g}"
+        table.add_row(model.name, f"{model.n}", least, step, last, *([chosen] if validated else []))
     return table

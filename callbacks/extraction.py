@@ -6,14 +6,15 @@ evaluation sets by them. The others take their corner of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 from lightning import LightningModule, Trainer
 from torch import nn
 
-from ntk_lightning.callbacks.from_trainer import count_outputs, evaluation_kernel, evaluation_sets, network, samples
+from ntk_lightning.callbacks.find_network import evaluation_kernel
+from ntk_lightning.callbacks.measured import Measured
 from ntk_lightning.callbacks.nested_fits import NestedProblem
 from ntk_lightning.datamodules.base import Samples
 from ntk_lightning.kernels import EmpiricalNTK
@@ -40,9 +41,9 @@ class KernelNeed:
 
 @runtime_checkable
 class KernelCallback(Protocol):
-    """A callback that measures kernels of a network of the module, called ``network``."""
+    """A callback that measures kernels of what it calls ``measured``."""
 
-    network: str
+    measured: Measured
 
     def kernel_need(self, trainer: Trainer, step: int, moved: bool, ended: bool) -> KernelNeed | None:
         """Say what it needs of the kernel after ``step`` steps, None for nothing.
@@ -63,12 +64,13 @@ class Extraction:
     problem: (
         NestedProblem  # Grams of the first N training samples, and of the evaluation sets if any callback needs them
     )
+    train: Samples  # the first N
     evaluation: dict[str, Samples]
 
 
 @dataclass
 class _Kept:
-    """The last extraction of one network; the Grams go when all have measured, the checksum stays."""
+    """The last extraction of one network on some samples; the Grams go when all have measured, the checksum stays."""
 
     weights: int
     need: KernelNeed
@@ -81,7 +83,7 @@ class SharedExtraction:
 
     def __init__(self) -> None:
         self.ended = False
-        self._kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+        self._kept: WeakKeyDictionary[nn.Module, dict[Measured, _Kept]] = WeakKeyDictionary()
 
     def extract(self, trainer: Trainer, module: LightningModule, asking: KernelCallback, step: int) -> Extraction:
         """Give a callback K^t at the network's current weights, computed now or for an earlier callback.
@@ -98,13 +100,15 @@ class SharedExtraction:
         Raises:
             FloatingPointError: The kernel is not finite.
         """
-        net = network(module, asking.network)
-        weights, kept = weights_of(net), self._kept.get(net)
+        net = asking.measured.net(module)
+        of_net = self._kept.setdefault(net, {})
+        key = replace(asking.measured, network=None)
+        weights, kept = weights_of(net), of_net.get(key)
         moved = not on_all_ranks(kept is not None and kept.weights == weights)
         need = asking.kernel_need(trainer, step, True, self.ended)
         assert need is not None, "a callback that measures needs something"
         if kept is None or moved or kept.extraction is None or not kept.need.covers(need):
-            kept = self._kept[net] = self._extract_for_all(trainer, module, asking, need, weights, step, moved)
+            kept = of_net[key] = self._extract_for_all(trainer, module, asking, need, weights, step, moved)
         assert kept.extraction is not None, "extracted or kept"
         extraction = kept.extraction
         kept.waiting.discard(id(asking))
@@ -114,8 +118,9 @@ class SharedExtraction:
 
     def release(self) -> None:
         """Free all Grams: the next batch begins, or the run is over."""
-        for kept in self._kept.values():
-            kept.extraction = None
+        for of_net in self._kept.values():
+            for kept in of_net.values():
+                kept.extraction = None
 
     def _extract_for_all(
         self,
@@ -128,9 +133,9 @@ class SharedExtraction:
         moved: bool,
     ) -> _Kept:
         """Extract what the asking callback and all others that will ask for the same kernel need."""
-        net, needs, waiting = network(module, asking.network), [need], {id(asking)}
+        measured, needs, waiting = asking.measured, [need], {id(asking)}
         for other in trainer.callbacks:  # type: ignore[attr-defined]  # callbacks exists
-            if other is asking or not isinstance(other, KernelCallback) or network(module, other.network) is not net:
+            if other is asking or not isinstance(other, KernelCallback) or not alike(module, other.measured, measured):
                 continue
             now = other.kernel_need(trainer, step, moved, self.ended)
             if now is not None:
@@ -145,11 +150,26 @@ class SharedExtraction:
             max((each.memory for each in needs), key=parse_bytes),
         )
         try:
-            return _Kept(weights, union, _extract(trainer, module, asking.network, union), waiting)
+            return _Kept(weights, union, _extract(trainer, module, measured, union), waiting)
         except FloatingPointError:  # maybe at a sample that only others need: each extracts its own
             if need.covers(union):
                 raise
-            return _Kept(weights, need, _extract(trainer, module, asking.network, need), {id(asking)})
+            return _Kept(weights, need, _extract(trainer, module, measured, need), {id(asking)})
+
+
+def alike(module: LightningModule, first: Measured, second: Measured) -> bool:
+    """Tell whether two callbacks measure the same network on the same samples.
+
+    Args:
+        module: Of the run.
+        first: What one measures.
+        second: What the other measures.
+
+    Returns:
+        True if they can share an extraction.
+    """
+    named = replace(first, network=None) == replace(second, network=None)
+    return named and first.net(module) is second.net(module)
 
 
 def shared_extraction(trainer: Trainer) -> SharedExtraction:
@@ -179,9 +199,11 @@ def weights_of(net: nn.Module) -> int:
     return checksum([*net.parameters(), *net.buffers()])
 
 
-def _extract(trainer: Trainer, module: LightningModule, name: str, need: KernelNeed) -> Extraction:
-    kernel = evaluation_kernel(trainer, module, name, need.memory)
-    outputs = count_outputs(trainer, kernel.net)
-    train, evaluation = samples(trainer, "train", outputs), evaluation_sets(trainer, outputs) if need.evaluation else {}
+def _extract(trainer: Trainer, module: LightningModule, measured: Measured, need: KernelNeed) -> Extraction:
+    kernel = evaluation_kernel(trainer, module, measured.network, need.memory, measured.output)
+    outputs = measured.count_outputs(trainer, kernel.net)
+    train = measured.take(trainer, "train", outputs).take(slice(need.train))
+    evaluation = measured.evaluation_sets(trainer, outputs) if need.evaluation else {}
     grams = distributed_gram_and_cross(gram_and_cross(kernel))
-    return Extraction(kernel, NestedProblem.compute(grams, train, evaluation, need.train), evaluation)
+    real = measured.real(trainer, outputs)
+    return Extraction(kernel, NestedProblem.compute(grams, train, evaluation, need.train, real), train, evaluation)

@@ -5,21 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning import LightningModule, Trainer
+from torch import Tensor
 
-from ntk_lightning.callbacks.from_trainer import (
-    check_sets,
-    count_outputs,
-    epochs_between_validations,
-    evaluation_sets,
-    network,
-    run_config,
-    samples,
-)
-from ntk_lightning.callbacks.model_errors import ModelErrors
-from ntk_lightning.callbacks.nested_fits import check_sizes, fit_nested
+from ntk_lightning.callbacks.measured import Measured
+from ntk_lightning.callbacks.model_errors import ModelErrors, best_metrics
+from ntk_lightning.callbacks.nested_fits import FitKind, NestedProblem, check_sizes
 from ntk_lightning.callbacks.run_output import log_metrics, log_table
 from ntk_lightning.callbacks.same_steps import SameSteps
 from ntk_lightning.callbacks.steps import steps_of
+from ntk_lightning.datamodules.unpack import Unpack
 from ntk_lightning.kernels import InfiniteNTK, KernelStore
 from ntk_lightning.kernels.grams.stored import stored_gram_and_cross
 from ntk_lightning.kernels.infinite.infinite_ntk import Backend, Kind
@@ -31,8 +25,8 @@ __all__ = ["InfiniteNTKFit"]
 class InfiniteNTKFit(SameSteps):
     """Fit the infinite-width NTK of the trained network's architecture, as one more model of the comparison.
 
-    Fitted by kernel SGD with the network's optimizer config and optimal early stopping; kept in the table
-    ``infinite_ntk.csv``.
+    Fitted by kernel SGD with the network's optimizer config, or by gradient flow where there is none, and optimal early
+    stopping; kept in the table ``infinite_ntk.csv``.
 
     Args:
         fit_sizes: Sizes of nested training sets; by default the whole training set.
@@ -40,9 +34,20 @@ class InfiniteNTKFit(SameSteps):
             goes on where it was; None keeps nothing.
         kind: "ntk" or "nngp".
         backend: See :class:`~ntk_lightning.kernels.InfiniteNTK`.
-        optimizer: Optimizer config of the fits; by default the module's, for as long as the run, which then must take
-            the plain SGD steps of that config.
-        network: Attribute of the Lightning module that holds the network; "" is the module itself.
+        optimizer: Optimizer config of fits by SGD; by default the module's, for as long as the run, which then must
+            take the plain SGD steps of that config.
+        network: Attribute path of the submodule that maps inputs to outputs; "" is the module itself, by its forward.
+            By default the submodule ``net``, else the only child with parameters, else the module itself if it has a
+            forward.
+        fit: "sgd"; or "flow", gradient flow, which needs no learning rate; or "ridge", ridge regression by the best of
+            several regularizations. By default "sgd" where there is an optimizer config, else "flow".
+        n_train: The first samples of the training set, by index. By default all of a data module that keeps its sets,
+            and 256 of a loader.
+        n_test: The same of the test set, 512 by default.
+        samples: Function of a collated batch to (inputs, targets), where it is neither (x, y, ...) nor a mapping with
+            "labels", "label", "targets", "target" or "y".
+        test_loader: Name or number of the validation loader to measure on, or "test" or "val"; by default the test
+            loader, else the first validation loader.
         name: Tells several callbacks of this class and kind apart: in files and metrics.
     """
 
@@ -53,12 +58,18 @@ class InfiniteNTKFit(SameSteps):
         kind: Kind = "ntk",
         backend: Backend = "auto",
         optimizer: OptimizerConfig | None = None,
-        network: str = "net",
+        network: str | None = None,
+        fit: FitKind | None = None,
+        n_train: int | None = None,
+        n_test: int | None = None,
+        samples: Unpack | None = None,
+        test_loader: int | str | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
         self.sizes, self.store = fit_sizes, None if store is None else Path(store)
-        self.kind, self.backend, self.optimizer, self.network = kind, backend, optimizer, network
+        self.kind, self.backend, self.optimizer, self.fit = kind, backend, optimizer, fit
+        self.measured = Measured(network, None, n_train, n_test, samples, test_loader)
         self._models: list[ModelErrors] = []
 
     @property
@@ -66,42 +77,37 @@ class InfiniteNTKFit(SameSteps):
         """Name of the table, without the callback's."""
         return f"infinite_{self.kind}"
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check, before anything is trained, that everything is there."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            check_sets(trainer)
-            check_sizes(self.sizes, len(samples(trainer, "train")), "training")
-            evaluation_sets(trainer)
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the network, whoever built it and when, has an infinite-width kernel for these images."""
-        x = samples(trainer, "train").x
+        """Check, before anything is trained, that data and network are there, and have an infinite-width kernel."""
+        self.measured.check(trainer, pl_module)
+        check_sizes(self.sizes, self.measured.size(trainer), "training")
+        x = self.measured.take(trainer, "train").x
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                "An infinite-width kernel is of one tensor of real inputs, and the batches of this run have several "
+                "or none: give samples=, a function of a batch to (tensor, targets), or leave InfiniteNTKFit out."
+            )
         kernel, store = self._kernel(pl_module), self._store(trainer)
         kernel.check(x)
         if store is not None:
             KernelStore(store, kernel, x).check_folder()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the labels fit the network's outputs."""
-        super().on_train_start(trainer, pl_module)
-        evaluation_sets(trainer, count_outputs(trainer, network(pl_module, self.network)))
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute the Gram, which depends on no weights, fit it, and keep the table."""
-        outputs = count_outputs(trainer, network(pl_module, self.network))
-        between = epochs_between_validations(trainer)
-        train = samples(trainer, "train", outputs)
+        outputs = self.measured.count_outputs(trainer, self.measured.net(pl_module))
+        train, evaluation = (
+            self.measured.take(trainer, "train", outputs),
+            self.measured.evaluation_sets(trainer, outputs),
+        )
         grams = stored_gram_and_cross(self._kernel(pl_module), self._store(trainer))
         sizes = check_sizes(self.sizes, len(train), "training")
-        optimizer = run_config(trainer, pl_module, self.optimizer)
-        fits = fit_nested(grams, train, evaluation_sets(trainer, outputs), optimizer, sizes, between)
+        problem = NestedProblem.compute(grams, train, evaluation, sizes[-1], self.measured.real(trainer, outputs))
+        fits = {n: self.fit_kernel(trainer, pl_module, problem, n) for n in sizes}
         model = self.compared_name(trainer, "infinite NTK" if self.kind == "ntk" else "NNGP")
         self._models = [ModelErrors.of_fit(model, n, fit) for n, fit in fits.items()]
         table = self.named(self.table)
         log_table(trainer, table, [each.row() for each in self._models])
-        metrics = {f"{table}/test_error_{each.n}": each.optimal_error for each in self._models}
-        log_metrics(trainer, metrics, steps_of(trainer).taken(trainer))
+        log_metrics(trainer, best_metrics(table, self._models), steps_of(trainer).taken(trainer))
 
     def model_errors(self) -> list[ModelErrors]:
         """Summarize the fits."""
@@ -111,4 +117,4 @@ class InfiniteNTKFit(SameSteps):
         return None if trainer.fast_dev_run else self.store  # type: ignore[attr-defined]  # set outside the class
 
     def _kernel(self, pl_module: LightningModule) -> InfiniteNTK:
-        return InfiniteNTK(network(pl_module, self.network), self.kind, self.backend)
+        return InfiniteNTK(self.measured.net(pl_module), self.kind, self.backend)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ntk_lightning.solvers import KernelFit
 
-__all__ = ["ModelErrors"]
+__all__ = ["ModelErrors", "best_metrics"]
 
 
 @dataclass(frozen=True)
 class ModelErrors:
-    """The test errors, in [0, 1], of one model of a comparison.
+    """The test errors, in [0, 1], of one model of a comparison; real targets have losses in their place.
 
     A callback whose ``model_errors()`` returns a list of these takes part in
     :class:`~ntk_lightning.callbacks.ComparisonTable`.
@@ -21,11 +21,14 @@ class ModelErrors:
     Args:
         name: What the model is called in the table.
         n: Its number of training samples.
-        optimal_error: The least test error over training (an oracle).
+        optimal_error: The least test error over training (an oracle); None for real targets, as all errors.
         optimal_step: The optimizer step of that error.
         last_error: The test error after the last step.
         validated_error: The test error at the step with the least validation error; None without a validation set.
         curve: The lists "steps", "errors" and "losses" of the test set over training.
+        optimal_loss: The least test loss over training, for real targets.
+        last_loss: The test loss after the last step, for real targets.
+        validated_loss: The test loss at the step with the least validation loss, for real targets.
 
     Example:
         >>> ModelErrors("my model", n=100, optimal_error=0.1, optimal_step=50, last_error=0.2).row()["last_error"]
@@ -34,11 +37,14 @@ class ModelErrors:
 
     name: str
     n: int
-    optimal_error: float
-    optimal_step: int
-    last_error: float
+    optimal_error: float | None
+    optimal_step: float
+    last_error: float | None
     validated_error: float | None = None
     curve: dict[str, list[float]] = field(default_factory=dict, repr=False, compare=False)
+    optimal_loss: float | None = None
+    last_loss: float | None = None
+    validated_loss: float | None = None
 
     @classmethod
     def of_fit(cls, name: str, n: int, fit: KernelFit) -> ModelErrors:
@@ -50,38 +56,62 @@ class ModelErrors:
             fit: The fit, evaluated on a test set.
 
         Returns:
-            Its errors.
-
-        Raises:
-            ValueError: It was not evaluated, or on real targets, which have no error rate.
+            Its errors, or its losses where the targets are real.
         """
         errors, losses = fit.curves["test"]
-        if errors is None:
-            raise ValueError(
-                "A comparison is of error rates, which real targets of one output do not have: give labels -1 and +1, "
-                "or fit real targets by ntk_lightning.solvers, whose curves have losses."
-            )
-        validated = fit.validated_error if "val" in fit.curves else None
         columns = {"steps": fit.steps, "errors": errors, "losses": losses}
         curve = {name: values.tolist() for name, values in columns.items() if values is not None}
-        return cls(name, n, fit.optimal_error, int(fit.optimal_step), fit.last_error, validated, curve)
+        validated = "val" in fit.curves
+        if errors is None:
+            least = fit.optimal_loss, fit.last_loss, fit.validated_loss if validated else None
+            return cls(name, n, None, fit.optimal_step, None, None, curve, *least)
+        return cls(
+            name,
+            n,
+            fit.optimal_error,
+            fit.optimal_step,
+            fit.last_error,
+            fit.validated_error if validated else None,
+            curve,
+        )
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> ModelErrors:
         """Read the errors out of a longer row that holds them beside other columns.
 
         Args:
-            row: Has every field as a column.
+            row: Has the fields as columns.
 
         Returns:
             The errors.
         """
-        return cls(**{part.name: row[part.name] for part in fields(cls)})
+        absent = {"optimal_error": None, "last_error": None}  # of real targets
+        return cls(**(absent | {part.name: row[part.name] for part in fields(cls) if part.name in row}))
 
     def row(self) -> dict[str, Any]:
         """Give the cells of a table.
 
         Returns:
-            Every field but the curve, by name.
+            Every field but the curve, by name; of errors and losses those that there are.
         """
-        return {name: value for name, value in vars(self).items() if name != "curve"}
+        absent = "_loss" if self.optimal_error is not None else "_error"
+        return {name: value for name, value in vars(self).items() if name != "curve" and not name.endswith(absent)}
+
+
+def best_metrics(group: str, models: Iterable[ModelErrors]) -> dict[str, float]:
+    """Name the best error of each model as a metric, or the best loss where targets are real.
+
+    Args:
+        group: Such as "after_kernel".
+        models: One a number n of samples.
+
+    Returns:
+        Values by name: GROUP/test_error_N or GROUP/test_loss_N.
+    """
+    named = {
+        f"{group}/test_loss_{each.n}" if each.optimal_error is None else f"{group}/test_error_{each.n}": (
+            each.optimal_loss if each.optimal_error is None else each.optimal_error
+        )
+        for each in models
+    }
+    return {name: value for name, value in named.items() if value is not None}

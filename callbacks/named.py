@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from lightning import Callback, LightningModule, Trainer
 
+from ntk_lightning.callbacks.measured import forget_samples
 from ntk_lightning.callbacks.run_output import check_folder
 from ntk_lightning.callbacks.steps import reset_steps, steps_of
 
@@ -43,6 +44,7 @@ class NamedCallback(Callback):
             return
         check_folder(trainer)
         reset_steps(trainer)
+        forget_samples(trainer)
         tables = [other.named(other.table) for other in trainer.callbacks if isinstance(other, NamedCallback)]  # type: ignore[attr-defined]  # callbacks exists
         if tables.count(self.named(self.table)) > 1:
             raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
+from difflib import get_close_matches
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -13,6 +15,7 @@ from ntk_lightning.callbacks.named import NamedCallback
 from ntk_lightning.callbacks.run_output import log_metrics, log_table
 from ntk_lightning.callbacks.steps import steps_of
 from ntk_lightning.datamodules.base import has_set, samples_of
+from ntk_lightning.datamodules.from_loaders import named_loaders
 
 __all__ = ["OptimalEarlyStopping"]
 
@@ -65,9 +68,13 @@ class OptimalEarlyStopping(NamedCallback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the errors of this validation."""
-        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:  # a sanity check may log nothing
+        if trainer.state.fn != TrainerFn.FITTING:
             return
-        if self.monitor not in trainer.callback_metrics:
+        logged_now = {*trainer.callback_metrics}
+        misspelled = self.monitor not in logged_now and get_close_matches(self.monitor, logged_now)
+        if trainer.sanity_checking and not misspelled:  # a sanity check may log nothing, or less
+            return
+        if self.monitor not in logged_now:
             raise KeyError(
                 f"No metric {self.monitor!r} is logged in validation; there are {sorted(trainer.callback_metrics)}. "
                 "Name the one that is the test error as monitor=..."
@@ -80,12 +87,11 @@ class OptimalEarlyStopping(NamedCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the three errors and keep the curve."""
         self._label = getattr(pl_module, "label", type(pl_module).__name__)
-        self._n = len(samples_of(trainer, "train")) if has_set(trainer, "train") else 0
+        self._n = _count_training_samples(trainer)
         for model in self.model_errors():
             group = self.named("test")
-            metrics = {f"{group}/optimal_error": model.optimal_error, f"{group}/last_error": model.last_error}
-            if model.validated_error is not None:
-                metrics[f"{group}/validated_error"] = model.validated_error
+            errors = {"optimal": model.optimal_error, "last": model.last_error, "validated": model.validated_error}
+            metrics = {f"{group}/{name}_error": error for name, error in errors.items() if error is not None}
             log_metrics(trainer, metrics, steps_of(trainer).taken(trainer))
         log_table(trainer, self.named(self.table), self.rows)
 
@@ -124,3 +130,11 @@ class OptimalEarlyStopping(NamedCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the curve of a checkpoint."""
         self.rows, self._resumed = state_dict["rows"], state_dict.get("steps")
+
+
+def _count_training_samples(trainer: Trainer) -> int:
+    """Count the samples that the run trains on; 0 where its data set has no length."""
+    if has_set(trainer, "train"):
+        return len(samples_of(trainer, "train"))
+    data = [getattr(loader, "dataset", None) for _, loader in named_loaders(trainer.train_dataloader)]
+    return sum(len(each) for each in data if isinstance(each, Sized))

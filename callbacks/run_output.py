@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 
 from ntk_lightning.atomic_files import atomic_write, writing
@@ -67,14 +66,15 @@ def log_metrics(trainer: Trainer, metrics: dict[str, float], step: int) -> None:
 
 
 def log_table(trainer: Trainer, name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Keep a table as CSV in the run's folder and in W&B.
+    """Keep a table as CSV in the run's folder and in the loggers that keep tables, texts or files.
 
-    Only rank zero writes; nothing is written without rows or in a ``fast_dev_run``.
+    W&B gets a table, TensorBoard a text, MLflow the file; the folder is a CSV logger's own. Only rank zero writes;
+    nothing is written without rows or in a ``fast_dev_run``.
 
     Args:
         trainer: Trainer of the run.
         name: Name of the table.
-        rows: Cells by column, the same columns in every row.
+        rows: Cells by column; a column that a row does not have is empty there.
 
     Raises:
         OSError: The table cannot be written; the message holds it.
@@ -82,22 +82,28 @@ def log_table(trainer: Trainer, name: str, rows: Sequence[dict[str, Any]]) -> No
     if not trainer.is_global_zero or not rows or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside the class
         return
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    cells = [[row.get(column) for column in columns] for row in rows]
+    writer = csv.writer(text)
+    writer.writerows([columns, *cells])
     advice = f"{ADVICE}; the table is\n{text.getvalue()}"
     path = run_folder(trainer, advice) / f"{name}.csv"
     with atomic_write(path, advice) as temporary:
         temporary.write_text(text.getvalue(), newline="")
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_table(name, list(rows[0]), [list(row.values()) for row in rows])
+        experiment = _experiment(logger)
+        if hasattr(logger, "log_table"):  # W&B
+            logger.log_table(name, columns, cells)
+        elif hasattr(experiment, "add_text"):  # TensorBoard
+            experiment.add_text(name, _markdown(columns, cells), trainer.global_step)
+        else:
+            _log_file(logger, experiment, path)
 
 
 def log_figure(trainer: Trainer, name: str, figure: Figure) -> Path | None:
-    """Keep a figure as <name>.png in the run's folder and as <name>_figure in W&B.
+    """Keep a figure as <name>.png in the run's folder, and as <name>_figure in the loggers that keep pictures or files.
 
-    Only rank zero writes; nothing is written in a ``fast_dev_run``.
+    That is W&B, TensorBoard and MLflow. Only rank zero writes; nothing is written in a ``fast_dev_run``.
 
     Args:
         trainer: Trainer of the run.
@@ -116,6 +122,31 @@ def log_figure(trainer: Trainer, name: str, figure: Figure) -> Path | None:
     with writing(path, ADVICE):
         figure.savefig(path)
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
+        experiment = _experiment(logger)
+        if hasattr(logger, "log_image"):  # W&B
             logger.log_image(f"{name}_figure", [str(path)])
+        elif hasattr(experiment, "add_figure"):  # TensorBoard
+            experiment.add_figure(f"{name}_figure", figure, trainer.global_step, close=False)
+        else:
+            _log_file(logger, experiment, path)
     return path
+
+
+def _experiment(logger: Any) -> Any:  # noqa: ANN401 - a logger of either Lightning package, or of somebody's own
+    """The object of the tracker's own library behind a logger, None without one."""
+    return getattr(logger, "experiment", None)
+
+
+def _log_file(logger: Any, experiment: Any, path: Path) -> None:  # noqa: ANN401
+    """Hand a file to MLflow's client; other loggers keep none, and the run's folder has it."""
+    if hasattr(experiment, "log_artifact") and hasattr(logger, "run_id"):
+        experiment.log_artifact(logger.run_id, str(path))
+
+
+def _markdown(columns: list[str], cells: list[list[Any]]) -> str:
+    """Lay out a table as TensorBoard shows it."""
+    texts = [
+        ["" if each is None else f"{each:.4g}" if isinstance(each, float) else str(each) for each in row]
+        for row in cells
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *texts])

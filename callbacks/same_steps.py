@@ -14,8 +14,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from ntk_lightning.callbacks.from_trainer import network, run_config, trainer_options
-from ntk_lightning.callbacks.named import NamedCallback
+from ntk_lightning.callbacks.find_network import network, predict
+from ntk_lightning.callbacks.fitting import FittingCallback
+from ntk_lightning.callbacks.from_trainer import run_config, trainer_options
+from ntk_lightning.callbacks.measured import Measured
+from ntk_lightning.callbacks.nested_fits import FIT_NAMES
 from ntk_lightning.callbacks.steps import steps_of
 from ntk_lightning.datamodules.base import Batch
 from ntk_lightning.modules.base import NTKModule
@@ -28,38 +31,41 @@ _LOSS_TOLERANCE = 0.02  # relative: mixed precision rounds
 _STEP_TOLERANCE = 1e-3
 
 
-class SameSteps(NamedCallback):
-    """Mixin of callbacks that fit kernels by the module's optimizer config: the run must take the steps of that config.
+class SameSteps(FittingCallback):
+    """Mixin of callbacks that fit kernels, and where by the module's optimizer config, the run must take its steps.
 
     What can be seen when the training starts is refused by a ValueError; what shows itself later, when a refusal would
     lose the run, is warned about once, and marks the models of the callback in tables. A callback with an optimizer of
-    its own compares nothing.
+    its own, or one that fits otherwise than by SGD, compares nothing.
     """
 
-    optimizer: OptimizerConfig | None
-    network: str
+    def _compares(self, module: LightningModule) -> bool:
+        """Tell whether the run must take the steps of the module's config."""
+        return self.optimizer is None and self.fit_kind(module) == "sgd"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse Trainer options that change the steps."""
         super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            _WATCHED[trainer] = _Watch()
+        if stage != "fit":
+            return
+        _WATCHED[trainer] = _Watch()
+        if self.fit_kind(pl_module) == "sgd":
             run_config(trainer, pl_module, self.optimizer)
-            if self.optimizer is None and (changed := trainer_options(trainer)):
-                raise ValueError(
-                    "Kernel fits take the plain steps of the optimizer config, but the Trainer has "
-                    f"{', '.join(changed)}: leave that out (batch_size and n_train do the like), or give the callback "
-                    "its own optimizer."
-                )
+        if self._compares(pl_module) and (changed := trainer_options(trainer)):
+            raise ValueError(
+                "Kernel fits take the plain steps of the optimizer config, but the Trainer has "
+                f"{', '.join(changed)}: leave that out (batch_size and n_train do the like), or give the callback "
+                'its own optimizer, or fit="flow".'
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse an optimizer, a schedule or hooks that change the steps."""
-        if self.optimizer is None:
+        if self._compares(pl_module):
             self._check(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        found = departures(trainer, pl_module, self.network)
+        found = departures(trainer, pl_module, self.measured.network)
         if not pl_module.automatic_optimization:
             rank_zero_warn(
                 f"{type(pl_module).__name__} optimizes manually, so that its steps cannot be compared with those of "
@@ -70,21 +76,21 @@ class SameSteps(NamedCallback):
         elif found:
             raise ValueError(
                 f"Kernel fits take the plain SGD steps of the optimizer config, but {'; '.join(found)}: leave that "
-                "out, or give the callback its own optimizer=OptimizerConfig(...)."
+                'out, or give the callback its own optimizer=OptimizerConfig(...), or fit="flow", which takes no steps.'
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Compute, before the first batch, what its loss should be."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         watch = _watch(trainer)
-        if self.optimizer is None and not watch.begun:
+        if self._compares(pl_module) and not watch.begun:
             watch.begun = True
-            watch.expected_loss = _expected_loss(trainer, pl_module, batch, self.network)
+            watch.expected_loss = _expected_loss(trainer, pl_module, batch, self.measured)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep, in the first batch, the gradients that plain SGD would step with."""
         watch, scaler = _watch(trainer), getattr(trainer.precision_plugin, "scaler", None)
-        if self.optimizer is None and watch.before is None and trainer.global_step == 0 and scaler is None:
+        if watch.before is None and trainer.global_step == 0 and scaler is None and self._compares(pl_module):
             watch.before = [
                 (weight, weight.detach().clone(), weight.grad.detach().clone())
                 for weight in pl_module.parameters()
@@ -96,9 +102,12 @@ class SameSteps(NamedCallback):
     ) -> None:
         """Compare the first batch's loss and step, and the optimizer after every batch."""
         watch = _watch(trainer)
-        if self.optimizer is None and watch.departed_at is None and watch.batch != trainer.fit_loop.total_batch_idx:
-            watch.batch = trainer.fit_loop.total_batch_idx  # the first of the run's callbacks looks for all
-            found = departures(trainer, pl_module, self.network) + watch.first_batch(trainer, pl_module, outputs)
+        last = trainer.fit_loop.total_batch_idx
+        if watch.departed_at is None and watch.batch != last and self._compares(pl_module):
+            watch.batch = last  # the first of the run's callbacks looks for all
+            found = departures(trainer, pl_module, self.measured.network) + watch.first_batch(
+                trainer, pl_module, outputs
+            )
             if found:
                 watch.depart(trainer, found)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -112,10 +121,10 @@ class SameSteps(NamedCallback):
         Returns:
             True if it was warned about.
         """
-        return self.optimizer is None and _watch(trainer).departed_at is not None
+        return self._compares(trainer.lightning_module) and _watch(trainer).departed_at is not None
 
     def compared_name(self, trainer: Trainer, model: str) -> str:
-        """Name a model in tables, with a mark where it was not trained by the steps of the network.
+        """Name a model in tables, with its fit unless by SGD, and a mark where the network takes other steps.
 
         Args:
             trainer: Trainer of the run.
@@ -124,7 +133,8 @@ class SameSteps(NamedCallback):
         Returns:
             The name.
         """
-        name = self.model_name(model)
+        kind = self.fit_kind(trainer.lightning_module)
+        name = self.model_name(model) + ("" if kind == "sgd" else f", {FIT_NAMES[kind]}")
         return f"{name}, other steps than the network" if self.departed(trainer) else name
 
 
@@ -178,13 +188,13 @@ def _watch(trainer: Trainer) -> _Watch:
     return _WATCHED.setdefault(trainer, _Watch())
 
 
-def departures(trainer: Trainer, module: LightningModule, name: str) -> list[str]:
+def departures(trainer: Trainer, module: LightningModule, name: str | None) -> list[str]:
     """List what makes the steps of a run others than plain SGD with the module's optimizer config.
 
     Args:
         trainer: Trainer whose optimizers are set up.
         module: Module with an ``optimizer_config``.
-        name: Attribute path of the network.
+        name: As of :func:`~ntk_lightning.callbacks.find_network.network_name`.
 
     Returns:
         One phrase each: Trainer options, optimizers, their settings, schedules, weights they leave out, hooks.
@@ -218,7 +228,7 @@ def _config(module: LightningModule) -> OptimizerConfig:
     return cast(OptimizerConfig, module.optimizer_config)
 
 
-def _expected_loss(trainer: Trainer, module: LightningModule, batch: object, name: str) -> float | None:
+def _expected_loss(trainer: Trainer, module: LightningModule, batch: object, measured: Measured) -> float | None:
     """Squared error of the module on a batch, at its weights and in its modes of this moment; None where unknown."""
     if isinstance(module, NTKModule) and not any(
         getattr(type(module), step) is not getattr(NTKModule, step) for step in ("training_step", "_shared_step")
@@ -233,7 +243,11 @@ def _expected_loss(trainer: Trainer, module: LightningModule, batch: object, nam
     x, y = cast(Tensor, batch[0]), cast(Tensor, batch[1])
     whole = batch if isinstance(batch, Batch) else Batch(x, y, torch.arange(0), len(y) * trainer.world_size)
     with _undisturbed(module), trainer.precision_plugin.forward_context():
-        outputs = module.predict(whole, "train") if isinstance(module, NTKModule) else network(module, name)(x)
+        outputs = (
+            module.predict(whole, "train")
+            if isinstance(module, NTKModule)
+            else predict(measured.net(module), x, measured.output)
+        )
         outputs = outputs.reshape(len(y), -1).float()
     real = y.is_floating_point() and y.numel() == outputs.numel()
     targets = y.reshape(outputs.shape).float() if real else encode_targets(y, outputs.shape[1], outputs.dtype)

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from ntk_lightning.callbacks.extraction import shared_extraction, weights_of
-from ntk_lightning.callbacks.from_trainer import check_sets, network
+from ntk_lightning.callbacks.measured import Measured
 from ntk_lightning.callbacks.named import NamedCallback
 from ntk_lightning.callbacks.steps import steps_of
 from ntk_lightning.kernels.grams.agreement import on_all_ranks
@@ -31,7 +31,7 @@ class ScheduledCallback(NamedCallback, ABC):
         every_n_batches: Measure every so many steps.
         log_spaced: Measure at about this many logarithmically spaced steps instead (30 if nothing is given).
         at: Measure at these steps instead.
-        network: Attribute of the Lightning module that holds the network; "" is the module itself.
+        measured: The network and the samples.
         name: Tells several callbacks of one class apart: in files, metrics and checkpoints.
 
     Raises:
@@ -44,7 +44,7 @@ class ScheduledCallback(NamedCallback, ABC):
         log_spaced: int | None = None,
         at: Sequence[int] | None = None,
         *,
-        network: str = "",
+        measured: Measured | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
@@ -53,7 +53,7 @@ class ScheduledCallback(NamedCallback, ABC):
         if any(number is not None and number < 1 for number in (every_n_batches, log_spaced, *(at or ()))):
             raise ValueError("every_n_batches, log_spaced and the steps of at must be at least 1.")
         self.every_n_batches, self.log_spaced, self.at = every_n_batches, log_spaced or 30, at
-        self.network = network
+        self.measured = measured or Measured()
         self.rows: list[dict[str, Any]] = []
         self._steps: set[int] = set()
         self._resumed: int | None = None  # steps that a checkpoint says were taken
@@ -85,15 +85,9 @@ class ScheduledCallback(NamedCallback, ABC):
         measured = bool(self.rows) and self.rows[-1]["step"] >= step
         return (ended and (moved or not measured)) or (step in self._steps and not measured)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check, before anything is trained, the folder and that all processes hold the same sets."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            check_sets(trainer)
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look for the network, which a module may have built only in its own setup or configure_model."""
-        network(pl_module, self.network)
+        """Check network, samples and targets; a module may have built its network only in setup or configure_model."""
+        self.measured.check(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fix the schedule, and measure the initial state."""
@@ -130,7 +124,7 @@ class ScheduledCallback(NamedCallback, ABC):
         step, shared = steps_of(trainer).taken(trainer), shared_extraction(trainer)
         shared.ended = True
         measured = self.rows and self.rows[-1]["step"] >= step and self._weights is not None
-        if measured and not on_all_ranks(self._weights == weights_of(network(pl_module, self.network))):
+        if measured and not on_all_ranks(self._weights == weights_of(self.measured.net(pl_module))):
             rank_zero_warn(
                 f"The weights have changed after the last step, {step} (by weight averaging, maybe): the last "
                 f"measurement of {type(self).__name__} is of the weights that the run ends with, those before are of "
@@ -168,7 +162,7 @@ class ScheduledCallback(NamedCallback, ABC):
                 self.measure(trainer, pl_module, steps_of(trainer).taken(trainer))
             except FloatingPointError as error:
                 rank_zero_warn(f"{type(self).__name__} leaves out steps at which there is no kernel. {error}")
-        self._weights = weights_of(network(pl_module, self.network))
+        self._weights = weights_of(self.measured.net(pl_module))
 
     def _finish_once(self, trainer: Trainer) -> None:
         if self.rows and self._steps:

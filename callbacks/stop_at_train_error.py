@@ -9,8 +9,10 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import distributed, nn
 
-from ntk_lightning.callbacks.from_trainer import check_sets, evaluating, samples
+from ntk_lightning.callbacks.find_network import evaluating
+from ntk_lightning.callbacks.measured import Measured, check_sets
 from ntk_lightning.datamodules import BatchLoader
+from ntk_lightning.datamodules.samples import has_set
 from ntk_lightning.kernels.grams.agreement import share_buffers
 from ntk_lightning.modules.base import NTKModule
 from ntk_lightning.objective import count_errors, encode_targets
@@ -72,13 +74,17 @@ class StopAtTrainError(Callback):
                 f"StopAtTrainError works with the modules of ntk_lightning, not {type(pl_module).__name__}."
             )
         if stage == "fit":
-            samples(trainer, "train")
+            if not has_set(trainer, "train"):
+                raise TypeError(
+                    "StopAtTrainError evaluates the whole training set, which loaders do not give: fit with a data "
+                    "module of ntk_lightning.datamodules, or log a training error and stop by EarlyStopping."
+                )
             check_sets(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the training error and decide."""
         assert isinstance(pl_module, NTKModule), "checked in setup"
-        train, counts = samples(trainer, "train"), torch.zeros(2, dtype=torch.float64)
+        train, counts = Measured().take(trainer, "train"), torch.zeros(2, dtype=torch.float64)
         parts = torch.arange(len(train)).split(_BATCH)
         loader = BatchLoader(train, parts, rank=trainer.global_rank, world_size=trainer.world_size)
         with first_buffers(pl_module), evaluating(pl_module), trainer.precision_plugin.forward_context():

@@ -451,7 +451,7 @@ def test_a_table_that_cannot_be_written_is_in_the_error(tmp_path: Path, monkeypa
     with (
         full_disk(monkeypatch, Path, "write_text"),
         pytest.warns(UserWarning, match=r"step,n,optimal_error(.|\n)*0,40,"),
-        pytest.raises(OSError, match=r"Make room there (.|\n)*step,test_error") as refusal,
+        pytest.raises(OSError, match=r"Make room there(.|\n)*step,test_error") as refusal,
     ):
         fit(module, data(), callbacks=watch, default_root_dir=tmp_path)
     assert refusal.value.errno == errno.ENOSPC

@@ -125,7 +125,11 @@ class Holding(Callback):
     held = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        self.held |= any(kept.extraction is not None for kept in shared_extraction(trainer)._kept.values())
+        self.held |= any(
+            kept.extraction is not None
+            for of_net in shared_extraction(trainer)._kept.values()
+            for kept in of_net.values()
+        )
 
 
 def test_no_gram_outlives_its_step(tmp_path: Path) -> None:

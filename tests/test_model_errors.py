@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from ntk_lightning.callbacks import ModelErrors
@@ -33,9 +32,20 @@ def test_errors_are_summarized_and_read_back_from_a_longer_row() -> None:
     assert ModelErrors.of_fit("", 4, kernel_sgd(kernel, labels, CONFIG, test=sets["test"])).validated_error is None
 
 
-def test_real_targets_are_refused_in_words() -> None:
+def test_real_targets_have_losses_in_place_of_errors() -> None:
     points = torch.linspace(-1, 1, 6)
     kernel = torch.exp(-((points[:, None] - points) ** 2))
     fit = kernel_sgd(kernel, points.sin(), CONFIG, test=(kernel, points.sin()))
-    with pytest.raises(ValueError, match=r"error rates, which real targets .* do not have: give labels -1 and \+1"):
-        ModelErrors.of_fit("kernel", 6, fit)
+    errors = ModelErrors.of_fit("kernel", 6, fit)
+    losses = fit.curves["test"].losses.tolist()
+    assert errors.row() == {
+        "name": "kernel",
+        "n": 6,
+        "optimal_step": fit.optimal_step,
+        "optimal_loss": min(losses),
+        "last_loss": losses[-1],
+        "validated_loss": None,
+    }
+    again = ModelErrors.of_row({"step": 3, **errors.row(), "curve": errors.curve})
+    assert again == errors
+    assert errors.curve == {"steps": fit.steps.tolist(), "losses": losses}

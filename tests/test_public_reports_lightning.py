@@ -636,8 +636,9 @@ def test_layers_on_the_module_itself_are_watched_by_an_empty_name(tmp_path: Path
     trainer = fit(module, [after], tmp_path)
     found = after.model_errors()[0]
     assert (found.optimal_error, found.last_error) == expected_fit(module, trainer)
-    with pytest.raises(AttributeError, match='or network="" for the module itself'):
-        fit(Flat(), [AfterKernel(optimizer=CONFIG)], tmp_path)
+    by_default = AfterKernel(optimizer=CONFIG)
+    fit(Flat(), [by_default], tmp_path)
+    assert by_default.model_errors() == [found]
 
 
 class Regression(LightningDataModule):
@@ -651,9 +652,12 @@ class Regression(LightningDataModule):
 
 
 @pytest.mark.parametrize("callback", [EmpiricalNTKDynamics, AfterKernel, InfiniteNTKFit])
-def test_real_targets_are_told_that_fits_beside_a_run_compare_error_rates(callback: Any, tmp_path: Path) -> None:  # noqa: ANN401
-    with pytest.raises(ValueError, match=r"Labels of the test set must be -1 or \+1.*for regression, fit EmpiricalNTK"):
-        fit(Own(), [callback(optimizer=CONFIG)], tmp_path, datamodule=Regression())
+def test_real_targets_are_compared_by_losses(callback: Any, tmp_path: Path) -> None:  # noqa: ANN401
+    fits, datamodule = callback(optimizer=CONFIG), Regression()
+    fit(Own(), [fits], tmp_path, datamodule=datamodule)
+    (found,) = fits.model_errors()
+    assert (found.optimal_error, found.last_error) == (None, None)
+    assert 0 < found.optimal_loss == min(found.curve["losses"]) < float(datamodule.test_set.y.square().mean())
 
 
 @pytest.mark.parametrize("first", [True, False])

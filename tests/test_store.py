@@ -464,6 +464,7 @@ def test_progress_counts_the_computed_pairs(tmp_path: Path, monkeypatch: pytest.
     assert bars == [[15, "pairs", True, 15], [10, "pairs", False, 10], [53, "pairs", False, 53]]
 
 
+@pytest.mark.ci
 def test_ten_kills_end_with_the_same_bytes_and_no_finished_block_twice(tmp_path: Path) -> None:
     n, block, moment = 200, 10, random.Random(0)
     undisturbed, log = tmp_path / "undisturbed", tmp_path / "log"
@@ -539,7 +540,8 @@ def test_a_store_of_version_0_1_is_read_and_nothing_is_computed_again(
     monkeypatch.setattr(KernelStore, "_compute", None)
     store = KernelStore(tmp_path / "store", kernel, x, block=block)
     assert store.missing() == []
-    torch.testing.assert_close(store.gram(slice(None), progress=False), expected, rtol=1e-12, atol=1e-12)
+    # as exact as that version was where an input meets itself: its ReLU kernels were off by up to 5e-9
+    torch.testing.assert_close(store.gram(slice(None), progress=False), expected, rtol=1e-8, atol=1e-12)
     assert files(tmp_path / "store") == before
 
 
@@ -553,7 +555,7 @@ def test_a_damaged_block_of_version_0_1_is_computed_again(tmp_path: Path) -> Non
         chunk.unlink() if damaged is None else chunk.write_bytes(damaged)
         assert len(store.missing()) == 1
     with pytest.warns(RuntimeWarning, match="damaged"):
-        torch.testing.assert_close(store.gram(slice(None), progress=False), kernel(x), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(store.gram(slice(None), progress=False), kernel(x), rtol=1e-8, atol=1e-12)
     assert store.missing() == []
 
 

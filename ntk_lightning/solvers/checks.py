@@ -83,13 +83,14 @@ def check_problem(
     val: tuple[Tensor, Tensor] | None = None,
     *,
     several: bool = False,
+    real: bool = False,
 ) -> Problem:
     """Check a Gram, its targets and the sets to evaluate, and bring them to one shape.
 
     What the training targets are decides what is measured. All -1 or +1: labels, with error rates. Two or more columns:
     the largest is the class, with error rates. One column of other floating-point numbers: real targets, with losses
     alone. A column of whole numbers that are not all -1 or +1, of whatever dtype, is refused: it may hold class
-    numbers, which a fit would silently take for regression targets.
+    numbers, which a fit would silently take for regression targets. With ``real`` the caller knows better.
 
     Args:
         kernel: The training Gram, (n, n); None where the solver has only a function that multiplies by it.
@@ -97,6 +98,7 @@ def check_problem(
         test: Kernel (m, n) and targets (m,) or (m, C) of a test set; with ``several``, label vectors too.
         val: The same of a validation set.
         several: There are several label vectors.
+        real: True: all targets are real numbers, whatever their values and columns, with losses alone.
 
     Returns:
         The checked problem.
@@ -116,9 +118,9 @@ def check_problem(
         _check_gram(kernel)
     n, device = (len(torch.atleast_1d(targets)), targets.device) if kernel is None else (len(kernel), kernel.device)
     vectors = torch.atleast_2d(targets) if several else targets[None]
-    classes = [_check_targets("targets", vector, n) for vector in vectors]
+    classes = [_check_targets("targets", vector, n, real=real) for vector in vectors]
     sets = {
-        name: _check_set(name, pair, vectors, classes, kernel, several)
+        name: _check_set(name, pair, vectors, classes, kernel, several, real)
         for name, pair in (("test", test), ("val", val))
         if pair is not None
     }
@@ -132,7 +134,7 @@ def check_problem(
 
 
 def _check_set(
-    name: str, pair: object, train: Tensor, classes: list[bool], gram: Tensor | None, several: bool
+    name: str, pair: object, train: Tensor, classes: list[bool], gram: Tensor | None, several: bool, real: bool
 ) -> EvaluationSet:
     """Check an evaluation set against the training label vectors (r, n) or (r, n, C) and the training Gram."""
     if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[1], Tensor):
@@ -159,16 +161,18 @@ def _check_set(
             f"{tuple(vectors.shape[1:])}."
         )
     for vector, of_classes in zip(vectors, classes, strict=True):
-        _check_targets(f"The targets of {name}", vector, len(kernel), like=of_classes)
+        _check_targets(f"The targets of {name}", vector, len(kernel), like=of_classes, real=real)
     return EvaluationSet(kernel.detach(), _in_columns(vectors, kernel.device))
 
 
-def _check_targets(name: str, targets: Tensor, count: int, like: bool | None = None) -> bool:
+def _check_targets(name: str, targets: Tensor, count: int, like: bool | None = None, *, real: bool = False) -> bool:
     """Check one label vector, (count,) or (count, C), and tell whether it stands for classes, as the training set's."""
     if targets.dim() not in (1, 2) or len(targets) != count:
         raise ValueError(f"{name} must be ({count},) or ({count}, C) to fit the kernel, got {tuple(targets.shape)}.")
     if not torch.isfinite(targets).all():
         raise ValueError(f"{name} has a NaN or infinite entry: clean the data.")
+    if real:
+        return False
     if targets.dim() == 2 and targets.shape[1] > 1:
         return True
     # A few real targets may all be whole numbers by chance, so an evaluation set follows the training set (like)

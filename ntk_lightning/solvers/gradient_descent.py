@@ -1,6 +1,6 @@
 """Full-batch gradient descent and gradient flow on a kernel model, at any steps at once, in the kernel's eigenbasis.
 
-For users: no run of the package calls them, since its comparisons take the network's own mini-batches.
+Callbacks fit by gradient flow where a run has no optimizer config; with one they take the network's mini-batches.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def gradient_descent(
     test: tuple[Tensor, Tensor] | None = None,
     val: tuple[Tensor, Tensor] | None = None,
     eigensystem: tuple[Tensor, Tensor] | None = None,
+    real: bool = False,
 ) -> KernelFit:
     """Find what full-batch gradient descent with momentum reaches after given numbers of steps, without taking them.
 
@@ -46,6 +47,8 @@ def gradient_descent(
         test: Kernel between test and training points (m, n), and test targets (m,) or (m, C).
         val: The same of a validation set.
         eigensystem: ``torch.linalg.eigh(kernel.double())`` where it is known, to reuse over many fits.
+        real: True: the targets are real numbers, whatever their values, and have losses alone. By default their values
+            tell.
 
     Returns:
         The coefficients after the last of the steps, and the error curves, training set included.
@@ -69,7 +72,7 @@ def gradient_descent(
     if not asked or not all(map(is_whole, asked)) or min(asked) < 0:
         raise ValueError(f"steps must be whole numbers of at least 0, got {steps}.")
     counts = torch.tensor(sorted({int(step) for step in asked}))
-    problem = check_problem(kernel, targets, test, val).with_train()
+    problem = check_problem(kernel, targets, test, val, real=real).with_train()
     values, vectors = _eigensystem(kernel, eigensystem)
     warn_above_critical(kernel, [optimizer], targets[0].numel(), largest=float(values.max()), stacklevel=3)
     scale = 2 * optimizer.lr / targets.numel()
@@ -85,6 +88,7 @@ def gradient_flow(
     test: tuple[Tensor, Tensor] | None = None,
     val: tuple[Tensor, Tensor] | None = None,
     eigensystem: tuple[Tensor, Tensor] | None = None,
+    real: bool = False,
 ) -> KernelFit:
     """Follow gradient flow, the limit of small learning rates at time t = lr * steps, without momentum.
 
@@ -98,6 +102,8 @@ def gradient_flow(
         test: Kernel between test and training points (m, n), and test targets (m,) or (m, C).
         val: The same of a validation set.
         eigensystem: ``torch.linalg.eigh(kernel.double())`` where it is known, to reuse over many fits.
+        real: True: the targets are real numbers, whatever their values, and have losses alone. By default their values
+            tell.
 
     Returns:
         The coefficients at the last time, and the error curves; ``steps`` holds the times.
@@ -115,7 +121,7 @@ def gradient_flow(
     moments = torch.tensor(sorted(set(times)), dtype=torch.float64)
     if not len(moments) or not torch.isfinite(moments).all() or moments[0] < 0:
         raise ValueError(f"times must be finite and at least 0, got {times}.")
-    problem = check_problem(kernel, targets, test, val).with_train()
+    problem = check_problem(kernel, targets, test, val, real=real).with_train()
     values, vectors = _eigensystem(kernel, eigensystem)
     rates = 2 * values / targets.numel()
     elapsed = moments.to(values)

@@ -1,6 +1,6 @@
 """Kernel ridge regression: Cholesky for small training sets, preconditioned conjugate gradients for large ones.
 
-For users: no run of the package calls it.
+Runs call it where a callback asks for fit="ridge".
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ def ridge(
     rank: int = 200,
     seed: int = 0,
     progress: bool = False,
+    real: bool = False,
 ) -> RidgeFit:
     """Solve kernel ridge regression, (K + n reg I) a = y.
 
@@ -94,6 +95,8 @@ def ridge(
         rank: Rank of the preconditioner, 0 for none; it costs ``rank`` products with the kernel.
         seed: Seed of the preconditioner's random test vectors.
         progress: Show a progress bar of the iterations.
+        real: True: the targets are real numbers, whatever their values, and have losses alone. By default their values
+            tell.
 
     Returns:
         The fit with its residual and condition number. Where "cg" misses the tolerance it warns.
@@ -115,7 +118,7 @@ def ridge(
         raise ValueError(f'method must be "auto", "cholesky" or "cg", got {method!r}.')
     if not isinstance(kernel, Tensor) and method == "cholesky":
         raise ValueError('method="cholesky" needs the Gram itself: pass a tensor, or use "cg".')
-    problem = check_problem(kernel if isinstance(kernel, Tensor) else None, targets, test, val)
+    problem = check_problem(kernel if isinstance(kernel, Tensor) else None, targets, test, val, real=real)
     (labels,), gram = problem.targets, problem.kernel  # (n, C)
     n = len(labels)
     shift = n * regularization

@@ -36,6 +36,7 @@ def kernel_sgd(
     evaluate_train: bool = False,
     initial_coefficients: Tensor | None = None,
     progress: bool = False,
+    real: bool = False,
 ) -> KernelFit:
     """Fit a kernel model by the mini-batch SGD that its network would run.
 
@@ -56,6 +57,8 @@ def kernel_sgd(
         evaluate_train: Evaluate the training set too, which reads the Gram once more each time.
         initial_coefficients: a_0, (n,) or (n, C); zero by default.
         progress: Show a progress bar.
+        real: True: the targets are real numbers, whatever their values, and have losses alone. By default their values
+            tell.
 
     Returns:
         The coefficients and the error curves. A run that diverges ends early, with a warning and errors of 1.
@@ -70,7 +73,7 @@ def kernel_sgd(
         tensor([ 0.5000, -0.5000], dtype=torch.float64)
     """
     check_optimizers(optimizer)
-    problem = check_problem(kernel, targets, test, val)
+    problem = check_problem(kernel, targets, test, val, real=real)
     initial = None
     if initial_coefficients is not None:
         if initial_coefficients.shape != targets.shape:

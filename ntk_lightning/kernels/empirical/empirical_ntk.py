@@ -232,7 +232,7 @@ class EmpiricalNTK(nn.Module):
                 filled = {r: space[r][: len(part)] for r in makers}
                 for maker, out in filled.items():
                     maker.fill(out, part)
-                values += rows.contract(filled[rows], filled[rows.partner], lambda a, b: (a * b).sum(1))
+                values += rows.contract(filled[rows], filled[rows.partner], _same_rows)
             diagonal = torch.cat(values)
         check_finite(diagonal, _DIVERGED, "kernel's diagonal entry", sides=1)
         return diagonal
@@ -402,10 +402,13 @@ class EmpiricalNTK(nn.Module):
                |   2 | 3 4 | 5 6      3 to 6: blocks of P2 and P3, made anew, with all of P1
             P2 |     | 7 7 | ...      7: the first block of P2 with all of P2, and so on
         """
-        n, half, dtype = len(x), self.features == "bfloat16", rows.function.dtype
+        n, half = len(x), self.features == "bfloat16"
+        kept = torch.bfloat16 if half else rows.function.dtype
         num_others = sum(len(other) for other, _ in crosses)
+        for maker in {rows, rows.partner}:
+            maker.kept = kept
         plans = [divide(self.memory, r, x, num_others, half) for r in {rows, rows.partner}]
-        plan, kept = min(plans, key=lambda p: (p.panel, p.chunk)), torch.bfloat16 if half else dtype
+        plan = min(plans, key=lambda p: (p.panel, p.chunk))
         panel_rows = torch.empty(plan.panel, rows.partner.width, dtype=kept, device=x.device)
         block_size = plan.block if crosses or plan.panel < n else 0
         block_rows = torch.empty(block_size, rows.width, dtype=kept, device=x.device)
@@ -452,11 +455,18 @@ def _empty(rows: Rows, x1: Inputs, x2: Inputs) -> list[Tensor]:
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply a with b^T in float32 or better, in slices: one long sum of float32 products would lose two digits."""
-    total = torch.zeros(len(a), len(b), dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
-    for left, right in zip(a.split(SLICE_COLUMNS, 1), b.split(SLICE_COLUMNS, 1), strict=True):
-        total += left.to(total.dtype) @ right.to(total.dtype).T
-    return total
+    """Multiply rows a (n, C, p) with all rows b (m, C', p) in float32 or better, (n, m, C, C')."""
+    (n, c), (m, c2) = a.shape[:2], b.shape[:2]
+    total = torch.zeros(n * c, m * c2, dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
+    size = max(1, SLICE_COLUMNS // max(c, c2))  # slices of p: one long sum of float32 products would lose two digits
+    for left, right in zip(a.split(size, 2), b.split(size, 2), strict=True):
+        total.addmm_(left.to(total.dtype).reshape(n * c, -1), right.to(total.dtype).reshape(m * c2, -1).T)
+    return total.view(n, c, m, c2).transpose(1, 2)
+
+
+def _same_rows(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply every row of a (n, C, p) with the same row of b (n, C', p), (n, C, C')."""
+    return a @ b.mT
 
 
 def _vjp(rows: Rows, x: Inputs, cotangent: Tensor, chunk: int) -> Weights:

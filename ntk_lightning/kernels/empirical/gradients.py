@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,10 +14,10 @@ from torch.overrides import TorchFunctionMode
 
 from ntk_lightning.kernels.empirical.derivatives import jvp_by_reverse
 from ntk_lightning.kernels.empirical.inputs import Inputs
-from ntk_lightning.kernels.empirical.layer_rules import factored_layers, hooked, join
+from ntk_lightning.kernels.empirical.layer_rules import candidates, hooked, join, layers_with_rules
 from ntk_lightning.kernels.empirical.network_function import NetworkFunction
 from ntk_lightning.kernels.empirical.network_state import Weights, usable
-from ntk_lightning.kernels.empirical.rows import Rows, real_flat
+from ntk_lightning.kernels.empirical.rows import Rows
 
 __all__ = ["GradientRows"]
 
@@ -24,14 +25,16 @@ _Leaves = tuple[Tensor, ...]  # of one sample, without its dimension
 
 
 class GradientRows(Rows):
-    """Rows made by vmap, with fully connected layers in factors where that is possible.
+    """Rows made by vmap, with affine layers by the rules of ``layer_rules`` where that is possible.
 
     Args:
         function: What is differentiated.
         sample: One sample.
         per_layer: Keep the kernels of modules apart.
         by_branch: Let the network ask for the truth of a tensor: samples that answer alike are taken together.
-        dense: Keep no layer in factors.
+        dense: Make all gradients by vmap, no layer by a rule.
+        batched: Pull the cotangents of all outputs back in one pass instead of one after another.
+        ruled: Output shapes of the layers to which rules apply, and the number of outputs, where known.
     """
 
     one_by_one = False
@@ -43,25 +46,54 @@ class GradientRows(Rows):
         per_layer: bool = False,
         by_branch: bool = False,
         dense: bool = False,
+        batched: bool = False,
+        ruled: tuple[dict[str, torch.Size], int] | None = None,
     ) -> None:
-        net, self.by_branch, self.forward_mode = function.net, by_branch, True
+        net, self.by_branch, self.batched, self.forward_mode = function.net, by_branch, batched, True
         tensors = {name: usable(t, function.dtype) for name, t in (*net.named_parameters(), *net.named_buffers())}
-        layers, num_outputs = factored_layers(function, tensors, sample)
-        layers = {} if by_branch or dense else layers  # a branch may leave one out
+        self.ruled = layers_with_rules(function, tensors, sample) if ruled is None else ruled
+        shapes, num_outputs = self.ruled
+        layers = {} if by_branch or dense else candidates(function)  # a branch may leave one out
+        layers = {name: replace(layer, shape=shapes[name]) for name, layer in layers.items() if name in shapes}
+        count = 1 if isinstance(function.output, int) else num_outputs
+        layers = {name: layer for name, layer in layers.items() if layer.way(count) != "vmap"}
         inside = {join(layer, name) for layer in layers for name in ("weight", "bias")}
         self.trainable = {name: tensors[name] for name in function.trainable}
         weights = {name: tensor for name, tensor in self.trainable.items() if name not in inside}
         super().__init__(function, num_outputs, weights, layers, per_layer)
         self.fixed = {name: tensor for name, tensor in tensors.items() if name not in weights}
-        # Zeros that are added to the output z of a factored layer: the gradient in them is the cotangent g = df/dz.
-        self.shifts = {
-            name: tensors[join(name, "weight")].new_zeros(1, layer.module.out_features)
-            for name, layer in layers.items()
-        }
+        # Zeros that are added to the output z of a layer with a rule: the gradient in them is the cotangent g = df/dz.
+        self.shifts = {name: tensors[join(name, "weight")].new_zeros(layer.shape) for name, layer in layers.items()}
 
     def fill(self, out: Tensor, x: Inputs) -> None:
         """Write the rows of n samples into ``out`` (n, width)."""
-        torch.cat([piece.flatten(1) for piece in self._vmap(partial(self._row, x), x)], 1, out=out)
+        count = len(self.cotangents)
+        made = iter(self._vmap(partial(self._pull, x), x))
+        inputs = {name: next(made) for name in self.layers}  # a, (n, ...)
+        cotangents = {name: next(made) for name in self.layers}  # g, (n, C, ...)
+        gradients = {name: next(made) for name in self.weights}  # (n, C, ...)
+        for part in self.parts:
+            own, start = out[:, part.own].unflatten(1, (count, -1)) if part.weights else out, 0
+            for name in part.weights:
+                g = gradients[name]
+                flat = (torch.view_as_real(g) if g.is_complex() else g).flatten(2)
+                own[:, :, start : start + flat.shape[2]] = flat
+                start += flat.shape[2]
+            for name, (weight, bias) in part.products.items():
+                layer = self.layers[name]
+                layer.write_gradients(
+                    inputs[name],
+                    cotangents[name],
+                    None if layer.weight is None else out[:, weight].unflatten(1, (count * layer.d_out, layer.d_in)),
+                    None if layer.bias is None else out[:, bias],
+                )
+            for name, (columns, g) in part.factors.items():
+                layer = self.layers[name]
+                if layer.weight is not None:
+                    out[:, columns][:, : layer.d_in] = (inputs[name] * layer.weight).flatten(1)
+                if layer.bias is not None:
+                    out[:, columns][:, -1] = layer.bias
+                out[:, g] = cotangents[name].flatten(1)
 
     def vjp(self, x: Inputs, cotangent: Tensor) -> Weights:
         """J(x)^T u for cotangents u (n, C) of all outputs, summed over the samples."""
@@ -98,33 +130,33 @@ class GradientRows(Rows):
         outputs: Tensor = self.function.select(returned).reshape(-1)
         return outputs
 
-    def _row(self, x: Inputs, *leaves: Tensor) -> list[Tensor]:
-        """Pieces of the row of one sample of x, in the order of the columns."""
+    def _pull(self, x: Inputs, *leaves: Tensor) -> list[Tensor]:
+        """For one sample of x the inputs and cotangents of layers with a rule, and gradients of the other weights."""
 
         def f(weights: Weights, shifts: Weights) -> tuple[Tensor, Weights]:
-            inputs: Weights = {}  # a of every factored layer
+            inputs: Weights = {}  # a of every layer with a rule
 
             def shifted(name: str, a: Tensor, z: Tensor) -> Tensor:
                 inputs[name] = a.clone()
-                return z + shifts[name].reshape(z.shape)
+                return z + shifts[name]
 
             with hooked(self.layers, shifted):
                 return self._outputs({**self.fixed, **weights}, x, leaves), inputs
 
         differentiated: Any = vjp(f, self.weights, self.shifts, has_aux=True)
         _, vector_jacobian, inputs = differentiated
-        # One backward pass for each cotangent u: the gradients of u^T f in the weights, and g of the factored layers.
-        pulled = [vector_jacobian(cotangent) for cotangent in self.cotangents]
-        pieces: list[Tensor] = []
-        for part in self.parts:
-            for gradients, _ in pulled:
-                pieces += real_flat(gradients[name] for name in part.weights)
-            for name in part.layers:
-                layer = self.layers[name]
-                pieces += [] if layer.weight is None else [layer.weight * inputs[name].flatten()]
-                pieces += [] if layer.bias is None else [self.cotangents.new_full((1,), layer.bias)]
-                pieces += [cotangents[name].flatten() for _, cotangents in pulled]
-        return pieces
+        # u^T J for every cotangent u: the gradients of u^T f in the weights, and g of the layers with a rule
+        if self.batched:
+            pulled = vmap(vector_jacobian)(self.cotangents)
+        else:
+            passes = [vector_jacobian(cotangent) for cotangent in self.cotangents]
+            pulled = [{name: torch.stack([p[i][name] for p in passes]) for name in passes[0][i]} for i in range(2)]
+        gradients, cotangents = pulled
+        return [
+            *(inputs[name] for name in self.layers),
+            *(cotangents[name] for name in self.layers),
+            *(gradients[name] for name in self.weights),
+        ]
 
     def _vmap(self, f: Callable[..., Any], x: Inputs) -> Any:  # noqa: ANN401 - a tuple or list of tensors
         """Apply f to every sample; where samples take different branches, to each group that goes together."""

@@ -74,11 +74,12 @@ def divide(budget: int, rows: Rows, x: Inputs, others: int, half: bool) -> Plan:
         ValueError: The budget cannot hold the gradients of one pair of samples.
     """
     n, item = len(x), rows.function.dtype.itemsize
-    # One row; rows in bfloat16 also need a slice of it in float32 while it is multiplied.
-    row = rows.width * (2 if half else item) + half * 4 * min(rows.width, SLICE_COLUMNS)
+    # One row; rows in bfloat16 also need a slice of it in float32 while it is multiplied, and those of outputs kept
+    # apart a slice of it in another order.
+    row = rows.width * (2 if half else item) + (half or rows.full) * item * min(rows.width, SLICE_COLUMNS)
     # One pair of samples of a block of the Gram: the product of each part, and the four temporaries of the one in work
-    # (two factors, one slice's product, their sum); outputs kept apart are also stacked twice.
-    pair = (4 + len(rows.parts) * (1 + 2 * rows.full * rows.groups**2)) * item
+    # (two factors, one slice's product, their sum), each for all pairs of outputs that are kept apart.
+    pair = (4 + len(rows.parts)) * rows.groups * rows.partner.groups * item
     chunk, work = chunk_size(budget, rows, x, kept=2 * row + pair)
     free = budget - work
     # A block's rows take an eighth of what is free at most, the panel's rows and one block of the Gram the rest.

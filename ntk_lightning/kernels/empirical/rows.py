@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,36 +25,42 @@ __all__ = ["AllocationMeter", "Part", "Rows", "real_flat"]
 class Part:
     """The parameters whose kernel is summed up by itself, and the columns that hold their gradients.
 
-    One slice a group of outputs: all outputs are one group where their products are summed, else each is its own.
-
     Args:
         name: Of the module that owns them; empty for the whole network.
-        weights: Names of parameters whose gradients are columns as they are.
-        layers: Names of layers kept in factors.
-        gradients: Columns of the weights' gradients, [u1: grad w1, grad w2, ...; u2: ...] for cotangents u1, u2, ...
-        factors: For each layer the columns of (s a, t), and those of its cotangents g.
+        weights: Names of parameters whose gradients are made by vmap or one by one.
+        own: Columns of these gradients, [u1: grad w1, grad w2, ... | u2: ...] for cotangents u1, u2, ...
+        products: For each layer whose gradients are one wide product, the columns of its weight and of its bias, each
+            [u1 | u2 | ...]; empty where not trained.
+        factors: For each layer kept in factors the columns of (s a, t), and those of its cotangents g, [u1 | u2 | ...].
     """
 
     name: str
     weights: tuple[str, ...]
-    layers: tuple[str, ...]
-    gradients: list[slice]
-    factors: list[tuple[slice, list[slice]]]
+    own: slice
+    products: dict[str, tuple[slice, slice]]
+    factors: dict[str, tuple[slice, slice]]
+
+    def gradients(self, full: bool) -> list[slice]:
+        """Columns of all gradients that are not in factors: at once, or those that hold outputs side by side."""
+        blocks = [self.own, *itertools.chain.from_iterable(self.products.values())]
+        return blocks if full else [slice(self.own.start, blocks[-1].stop)]
 
 
 class Rows(ABC):
     """Gradients of the outputs of single samples, one row a sample.
 
-    A row holds the parts one after another; a part its weights' gradients, then for each of its factored layers the
-    input of the layer and the cotangents of its output:
+    A row holds the parts one after another; a part its weights' gradients, then the gradients of each layer that are
+    one product, then for each of its factored layers the input of the layer and the cotangents of its output:
 
-        [ u1: grad w1, grad w2, ... | u2: grad w1, ... | layer 1: s a, t | g of u1 | g of u2 | layer 2: ... ]
+        [ u1: grad w1, grad w2, ... | u2: grad w1, ... ]
+        [ layer 1: u1: grad W | u2: grad W | u1: grad b | u2: grad b | layer 2: ... ]
+        [ layer 3: s a, t | g of u1 | g of u2 | layer 4: ... ]
 
     Args:
         function: What is differentiated.
         num_outputs: Its outputs.
-        weights: Parameters whose gradients are kept as they are.
-        layers: Layers kept in factors.
+        weights: Parameters whose gradients are made by vmap or one by one.
+        layers: Layers whose gradients are made by a rule.
         per_layer: Make a part of every module that owns parameters, instead of one of all.
     """
 
@@ -70,27 +76,33 @@ class Rows(ABC):
         self.cotangents = function.cotangents(num_outputs)
         self.full, self.groups = function.full, len(self.cotangents) if function.full else 1
         self.partner: Rows = self  # makes the rows of the kernel's second argument, in the same parts
+        self.kept = function.dtype  # of rows that stay
+        self.measured: dict[Hashable, int] = {}  # bytes, by number of samples and precision
         self.width, self.parts = 0, []
         owners: dict[str, None] = dict.fromkeys(name.rpartition(".")[0] for name in function.trainable)
         for owner in owners if per_layer else [None]:
             own = tuple(name for name in weights if owner is None or name.rpartition(".")[0] == owner)
-            factored = tuple(name for name in layers if owner is None or name == owner)
-            gradients = self._columns(
-                sum(torch.view_as_real(w).numel() if (w := weights[name]).is_complex() else w.numel() for name in own)
-            )
-            factors = []
-            for layer in (layers[name] for name in factored):
-                inputs = slice(self.width, self.width + layer.num_inputs)
-                self.width = inputs.stop
-                factors.append((inputs, self._columns(layer.module.out_features)))
-            self.parts.append(Part(owner or "", own, factored, gradients, factors))
+            sizes = [(torch.view_as_real(w) if w.is_complex() else w).numel() for w in map(weights.__getitem__, own)]
+            part = Part(owner or "", own, self._columns(sum(sizes)), {}, {})
+            ruled = {name: layer for name, layer in layers.items() if owner is None or name == owner}
+            for name, layer in ruled.items():
+                if layer.way(len(self.cotangents)) == "product":
+                    weight, bias = layer.weight is not None, layer.bias is not None
+                    part.products[name] = (
+                        self._columns(weight * layer.d_out * layer.d_in),
+                        self._columns(bias * layer.d_out),
+                    )
+            for name, layer in ruled.items():
+                if layer.way(len(self.cotangents)) == "factors":
+                    inputs = slice(self.width, self.width + layer.num_inputs)
+                    self.width = inputs.stop
+                    part.factors[name] = inputs, self._columns(layer.d_out)
+            self.parts.append(part)
 
-    def _columns(self, size: int) -> list[slice]:
-        """Columns for a vector of this size for every cotangent: one slice a group of outputs."""
-        size *= len(self.cotangents) // self.groups
-        edges = [self.width + group * size for group in range(self.groups + 1)]
-        self.width = edges[-1]
-        return [slice(*pair) for pair in itertools.pairwise(edges)]
+    def _columns(self, size: int) -> slice:
+        """Columns for a vector of this size for every cotangent."""
+        start, self.width = self.width, self.width + size * len(self.cotangents)
+        return slice(start, self.width)
 
     @abstractmethod
     def fill(self, out: Tensor, x: Inputs) -> None:
@@ -111,10 +123,13 @@ class Rows(ABC):
 
     def workspace(self, x: Inputs) -> int:
         """Bytes that operations allocate while the rows of x are made, as if none were freed before the end."""
-        meter = AllocationMeter()
-        with meter:
-            self.fill(torch.empty(len(x), self.width, dtype=self.function.dtype, device=x.device), x)
-        return meter.nbytes
+        key = len(x), self.kept
+        if key not in self.measured:
+            meter = AllocationMeter()
+            with meter:
+                self.fill(torch.empty(len(x), self.width, dtype=self.kept, device=x.device), x)
+            self.measured[key] = meter.nbytes
+        return self.measured[key]
 
     def contract(self, a: Tensor, b: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
         """Inner products of rows a (n1, width) and the partner's rows b (n2, width), part by part.
@@ -122,24 +137,32 @@ class Rows(ABC):
         Args:
             a: Rows.
             b: Rows of the partner, which is this unless the kernel is one between two functions.
-            product: Inner products of some columns of a with those of b, (n1, n2) or of whatever shape it gives.
+            product: Inner products of columns of a, (n1, C, p), with those of b, (n2, C', p): (n1, n2, C, C'), or
+                (..., C, C') of whatever other pairs of rows. C = C' = 1 where outputs are not kept apart.
 
         Returns:
-            One tensor a part, of the shape that ``product`` gives, (..., C, C) where outputs are kept apart.
+            One tensor a part, of the shape that ``product`` gives, without C and C' where outputs are not kept apart.
         """
 
-        def kernel(mine: Part, theirs: Part, r: int, s: int) -> Tensor:
-            total = product(a[:, mine.gradients[r]], b[:, theirs.gradients[s]])
-            for (inputs, g), (inputs2, g2) in zip(mine.factors, theirs.factors, strict=True):
+        def kernel(mine: Part, theirs: Part) -> Tensor:
+            first, second = self.groups, self.partner.groups
+            (i, j), *others = zip(mine.gradients(self.full), theirs.gradients(self.full), strict=True)
+            total = product(_apart(a, i, first), _apart(b, j, second))
+            for i, j in others:
+                total += product(_apart(a, i, first), _apart(b, j, second))
+            for (inputs, g), (inputs2, g2) in zip(mine.factors.values(), theirs.factors.values(), strict=True):
                 # <g, g'> <(s a, t), (s a', t)>
-                total += product(a[:, g[r]], b[:, g2[s]]).mul_(product(a[:, inputs], b[:, inputs2]))
-            return total
+                factor = product(_apart(a, g, first), _apart(b, g2, second))
+                total += factor.mul_(product(_apart(a, inputs, 1), _apart(b, inputs2, 1)))
+            return total if self.full else total[..., 0, 0]
 
-        pairs = list(zip(self.parts, self.partner.parts, strict=True))
-        if not self.full:
-            return [kernel(*pair, 0, 0) for pair in pairs]
-        rows, columns = range(self.groups), range(self.partner.groups)
-        return [torch.stack([torch.stack([kernel(*p, r, s) for s in columns], -1) for r in rows], -2) for p in pairs]
+        return [kernel(*pair) for pair in zip(self.parts, self.partner.parts, strict=True)]
+
+
+def _apart(rows: Tensor, columns: slice, groups: int) -> Tensor:
+    """Columns that hold vectors of several outputs side by side, (n, groups, p)."""
+    vectors: Tensor = rows[:, columns].unflatten(1, (groups, (columns.stop - columns.start) // groups))
+    return vectors
 
 
 class AllocationMeter(TorchDispatchMode):

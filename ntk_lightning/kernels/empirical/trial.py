@@ -10,7 +10,7 @@ import logging
 import warnings
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -44,8 +44,11 @@ class _Found:
 
     way: _Way
     products: _Way | None = None  # how J d is computed, once that was asked
+    batched: bool = False  # whether one pass pulls back all cotangents
     num_outputs: int = 0
     nbytes: int = 0
+    ruled: tuple[dict[str, torch.Size], int] | None = None  # of GradientRows, once it was asked
+    measured: dict[Hashable, dict[Hashable, int]] = field(default_factory=dict)  # likewise, by its options
 
 
 _known: WeakKeyDictionary[nn.Module, dict[Hashable, _Found]] = WeakKeyDictionary()
@@ -69,14 +72,19 @@ def choose_rows(function: NetworkFunction, inputs: list[Inputs], per_layer: bool
     known, key, plain = _known.setdefault(function.net, {}), _key(function, inputs), None
     numbers = all(leaf.is_floating_point() for leaf in inputs[0].leaves)
     if key not in known and numbers and not callable(function.output) and is_standard(function.net):
-        known[key] = _Found("at once", "forward")
+        known[key] = _Found("at once", "forward", batched=True)
     elif key not in known:
         plain = PlainNetwork(function)
         known[key] = _try(plain, _two(inputs))
     found = known[key]
     if found.way == "one by one":
         return OneByOneRows(plain or PlainNetwork(function), found.num_outputs, found.nbytes, per_layer)
-    return GradientRows(function, inputs[0][:1], per_layer, by_branch=found.way == "by branch", dense=dense)
+    by_branch = found.way == "by branch"
+    rows = GradientRows(function, inputs[0][:1], per_layer, by_branch, dense, found.batched, found.ruled)
+    found.ruled = rows.ruled
+    if not by_branch:  # what another branch allocates is not known
+        rows.measured = found.measured.setdefault((function.full, per_layer, dense), {})
+    return rows
 
 
 def choose_products(rows: Rows, inputs: list[Inputs]) -> Rows:
@@ -150,8 +158,9 @@ def _try(plain: PlainNetwork, samples: Inputs) -> _Found:
             if "control flow" not in refused and ".item()" not in refused:
                 break
         else:
-            if agree(rows.contract(made, made, lambda a, b: a @ b.T)[0], expected, 1e-12, 1e-3):
-                return _Found(way, num_outputs=again.numel(), nbytes=meter.nbytes)
+            if agree(rows.contract(made, made, _pairs)[0], expected, 1e-12, 1e-3):
+                batched = again.numel() > 1 and _pulls_at_once(function, samples, way == "by branch", u, expected)
+                return _Found(way, batched=batched, num_outputs=again.numel(), nbytes=meter.nbytes)
             break
     _log.info(
         "Gradients of %s are made one sample at a time by plain autograd, which torch.func.vmap cannot replace: %s",
@@ -159,6 +168,32 @@ def _try(plain: PlainNetwork, samples: Inputs) -> _Found:
         refused,
     )
     return _Found("one by one", num_outputs=again.numel(), nbytes=meter.nbytes)
+
+
+def _pulls_at_once(function: NetworkFunction, samples: Inputs, by_branch: bool, u: Tensor, expected: Tensor) -> bool:
+    """Whether one pass for several cotangents gives the kernel of u^T f, which is expected, as one of two outputs."""
+
+    def mixed(returned: Any) -> Tensor:  # noqa: ANN401 - whatever the network returns
+        return function.select(returned).reshape(1, -1) @ torch.stack([u, u.flip(0)], 1)
+
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of an operation that has no rule for vmap
+            rows = GradientRows(
+                replace(function, output=mixed, full=True), samples[:1], by_branch=by_branch, batched=True
+            )
+            made = u.new_empty(len(samples), rows.width)
+            rows.fill(made, samples)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever torch.func cannot transform twice, in whatever way it says so
+        _log.info("The outputs of %s are differentiated one after another: %s", type(function.net).__name__, error)
+        return False
+    return agree(rows.contract(made, made, _pairs)[0][..., 0, 0], expected, 1e-12, 1e-3)
+
+
+def _pairs(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of all pairs, (n, m, C, C')."""
+    return torch.einsum("icp,jdp->ijcd", a, b)
 
 
 def _try_products(rows: GradientRows, plain: OneByOneRows, samples: Inputs) -> _Way:
