@@ -13,8 +13,8 @@ import torch
 from conftest import DATA
 from torch import Tensor, nn
 
-from ntk_lightning.kernels import InfiniteNTK
-from ntk_lightning.networks import Erf, NTKConv2d, NTKLinear, Pointwise
+from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK
+from ntk_lightning.networks import MLP, Erf, NTKConv2d, NTKLinear, Pointwise
 
 with np.load(DATA / "activations_reference.npz", allow_pickle=False) as stored:
     ARRAYS = {name: stored[name] for name in stored}
@@ -89,3 +89,33 @@ def test_activations_equal_those_of_neural_tangents(case: str, record_property: 
         error = float((kernel - expected).abs().max() / expected.abs().max())
         record_property(kind, error)
         assert error < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("activation", "scale"),
+    [
+        (nn.Hardtanh, 1.5),
+        (lambda: Pointwise(torch.sin), 1.5),
+        (lambda: nn.ELU(0.7), 1.2),
+        (lambda: Pointwise(torch.exp), 0.5),
+        (nn.Softplus, 1.0),
+        (lambda: Pointwise(torch.abs), 1.0),
+    ],
+)
+def test_finite_networks_of_width_512_agree(activation: Callable[[], nn.Module], scale: float) -> None:
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    torch.manual_seed(0)
+    nets = [MLP(512, 2, 5, activation, weight_std=scale, bias_std=0.2).double() for _ in range(24)]
+    kernels = torch.stack([EmpiricalNTK(net)(x) for net in nets])
+    error = kernels.std(0) / len(nets) ** 0.5
+    assert float(((kernels.mean(0) - InfiniteNTK(nets[0])(x)) / error).abs().max()) < 4
+
+
+@pytest.mark.parametrize("kind", ["nngp", "ntk"])
+def test_no_gradient_passes_a_sign(kind: str) -> None:
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    net = MLP(2, 2, 5, lambda: Pointwise(torch.sign), weight_std=1.2, bias_std=0.3)
+    k = 1.44 * x @ x.T / 5 + 0.09
+    for _ in range(2):  # the NTK is that of the readout alone, which is its NNGP
+        k = 1.44 * 2 / math.pi * (k / (k.diagonal()[:, None] * k.diagonal()).sqrt()).clamp(-1, 1).asin() + 0.09
+    torch.testing.assert_close(InfiniteNTK(net, kind)(x), k, rtol=1e-7, atol=1e-12)  # type: ignore[arg-type]
