@@ -77,7 +77,8 @@ def expectations(
         ([1.5, 2.0], True)
     """
     sizes = [root1.numel(), root2.numel()]
-    terms, squares, error = _coefficients(function, kinks, torch.cat([root1.flatten(), root2.flatten()]))
+    most = _TERMS if sine2.any() else _STEP  # at r = 1 and -1 a one-dimensional integral is cheaper
+    terms, squares, error = _coefficients(function, kinks, torch.cat([root1.flatten(), root2.flatten()]), most)
     rests = ((squares - terms.square().sum(1)).clamp_min(0) / squares).nan_to_num(0, posinf=0).detach().split(sizes, 1)
     first, second = (part.flip(1) for part in terms.split(sizes, 2))  # (2, N, S), highest degree first
     duals, bound = [], torch.zeros_like(r)
@@ -116,10 +117,9 @@ def warn_of(error: float, name: str) -> None:
         warnings.warn(f"The kernel of {name} has an estimated relative error of {error:.1e}: {advice}.", stacklevel=2)
 
 
-def _coefficients(function: Function, kinks: Sequence[float], roots: Tensor) -> tuple[Tensor, Tensor, float]:
+def _coefficients(function: Function, kinks: Sequence[float], roots: Tensor, most: int) -> tuple[Tensor, Tensor, float]:
     """c_n of f(sigma x) and of f'(sigma x), (2, N, S), E[f^2] and E[f'^2], (2, S), for S sigmas, and their error."""
-    ticks = torch.arange(1, 2 * _REACH + 1) / 2
-    edges = torch.cat([_around(0.0, 13), ticks, -ticks]).to(roots)
+    edges = _edges(13, 0.5, _REACH).to(roots)
     breaks = _scaled(kinks, roots if any(kinks) else roots[:1])  # without them all sigmas share the nodes
     x, weight = _rule(_with(edges, breaks), _FINE)
     values = torch.stack(_with_slope(function, roots[:, None] * x))  # (2, S, Q)
@@ -129,8 +129,8 @@ def _coefficients(function: Function, kinks: Sequence[float], roots: Tensor) -> 
     error = _relative(coarse - squares, squares)
     weighted, c, rest = values * weight, values.new_empty(2, 0, len(roots)), squares.detach()
     before, h = torch.zeros_like(x), torch.ones_like(x)
-    # As many terms as leave no rest, or as are allowed; h_n by h_(n+1) = (x h_n - sqrt(n) h_(n-1)) / sqrt(n + 1)
-    while c.shape[1] == 0 or (c.shape[1] < _TERMS and _relative(rest, squares) > _ENOUGH):
+    # As many terms as leave no rest, at most so many; h_n by h_(n+1) = (x h_n - sqrt(n) h_(n-1)) / sqrt(n + 1)
+    while c.shape[1] == 0 or (c.shape[1] < most and _relative(rest, squares) > _ENOUGH):
         polynomials = []
         for n in range(c.shape[1], c.shape[1] + _STEP):
             polynomials.append(h)
@@ -149,10 +149,10 @@ def _near(
     """Both duals of P pairs, each integrated on its own, and their error."""
     values, error = [], 0.0
     equal = sine2 == 0
-    for mask, entries in ((equal, 2**10), (~equal, 2**19)):
+    for mask, entries, counts in ((equal, 2**11, (_FINE, _COARSE)), (~equal, 2**19, (12, 9))):
         for rows in mask.nonzero().flatten().split(max(1, _ENTRIES // entries)):
             sides = root1[rows], root2[rows], r.sign()[rows], (sine2 / (1 + r.abs()))[rows]
-            fine, coarse = (_product_of_means(function, kinks, sides, nodes) for nodes in (12, 9))
+            fine, coarse = (_product_of_means(function, kinks, sides, nodes) for nodes in counts)
             values.append((rows, fine[0]))
             error = max(error, _relative(coarse[0] - fine[0], fine[1]))
     order = torch.cat([rows for rows, _ in values]).argsort()
@@ -170,7 +170,7 @@ def _product_of_means(
     if not equal:  # the means are smooth on the scale of a / sqrt(|r|)
         steps = own[:, None] * torch.tensor([-8, -4, -2, -1, 0, 1, 2, 4, 8]).to(own)
         centers = torch.cat([(centers[:, None] + steps[:, :, None]).flatten(1), steps], 1)
-    grid = torch.cat([_around(0.0, 7), torch.arange(1, 11), -torch.arange(1, 11)]).to(own)
+    grid = (_edges(13, 0.5, _REACH) if equal else _edges(7, 1, 10)).to(own)
     x, weight = _rule(_with(grid, centers), nodes)  # (P, Q)
     means, scales = [], []
     for root in (root1, sign * root2):
@@ -212,10 +212,12 @@ def _legendre(nodes: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(points), torch.from_numpy(weights)
 
 
-def _around(center: float, levels: int) -> Tensor:
-    """The center and edges that get twice as far from it at each level, up to 1/2 on both sides."""
-    steps = 0.5 ** torch.arange(1, levels + 1, dtype=torch.float64)
-    return torch.cat([center - steps, torch.tensor([center]), center + steps])
+def _edges(levels: int, width: float, reach: float) -> Tensor:
+    """Edges of panels from -reach to reach, of one width but towards 0, where they halve at each level."""
+    steps = torch.cat(
+        [0.5 ** torch.arange(1, levels + 1, dtype=torch.float64), torch.arange(width, reach + width, width)]
+    )
+    return torch.cat([-steps, torch.zeros(1), steps]).sort().values
 
 
 def _with(edges: Tensor, breaks: Tensor) -> Tensor:
