@@ -127,15 +127,21 @@ def _coefficients(function: Function, kinks: Sequence[float], roots: Tensor, mos
     coarse_x, coarse_weight = _rule(_with(0.85 * edges, breaks), _COARSE)
     coarse = (torch.stack(_with_slope(function, roots[:, None] * coarse_x)).square() * coarse_weight).sum(-1)
     error = _relative(coarse - squares, squares)
-    weighted, c, rest = values * weight, values.new_empty(2, 0, len(roots)), squares.detach()
-    before, h = torch.zeros_like(x), torch.ones_like(x)
-    # As many terms as leave no rest, at most so many; h_n by h_(n+1) = (x h_n - sqrt(n) h_(n-1)) / sqrt(n + 1)
+    # As many terms as leave no rest, at most so many, for a few sigmas at a time, so that they stay in the cache
+    side = len(roots) if len(x) == 1 else 8
+    weights, starts = (values * weight).split(side, 1), x.split(side)
+    states = [(torch.zeros_like(x), torch.ones_like(x)) for x in starts]
+    c, rest = values.new_empty(2, 0, len(roots)), squares.detach()
     while c.shape[1] == 0 or (c.shape[1] < most and _relative(rest, squares) > _ENOUGH):
-        polynomials = []
-        for n in range(c.shape[1], c.shape[1] + _STEP):
-            polynomials.append(h)
-            before, h = h, (x * h - math.sqrt(n) * before) / math.sqrt(n + 1)
-        more = torch.einsum("isq,nsq->ins", weighted, torch.stack(polynomials))
+        pieces = []
+        for i, (weighted, x) in enumerate(zip(weights, starts, strict=True)):
+            polynomials, (before, h) = [], states[i]
+            for n in range(c.shape[1], c.shape[1] + _STEP):
+                polynomials.append(h)  # h_(n+1) = (x h_n - sqrt(n) h_(n-1)) / sqrt(n + 1)
+                before, h = h, (x * h - math.sqrt(n) * before) / math.sqrt(n + 1)
+            states[i] = before, h
+            pieces.append(torch.einsum("isq,nsq->ins", weighted, torch.stack(polynomials)))
+        more = torch.cat(pieces, 2)
         c, rest = torch.cat([c, more], 1), rest - more.detach().square().sum(1)
     degree = torch.arange(1, _STEIN + 1).to(roots)[:, None].sqrt()
     missing = roots * c[1, :_STEIN] - degree * c[0, 1 : _STEIN + 1]  # by Stein's lemma nothing
