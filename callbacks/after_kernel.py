@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ntk_lightning.callbacks.extraction import KernelCallback, KernelNeed, alike, shared_extraction
 from ntk_lightning.callbacks.find_network import evaluation_kernel
-from ntk_lightning.callbacks.measured import Measured, check_sets
+from ntk_lightning.callbacks.measured import Measured
 from ntk_lightning.callbacks.model_errors import ModelErrors, best_metrics
 from ntk_lightning.callbacks.nested_fits import FitKind, NestedProblem, check_sizes
 from ntk_lightning.callbacks.run_output import log_metrics, log_table
@@ -86,7 +86,6 @@ class AfterKernel(SameSteps):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check, before anything is trained, that everything is there."""
         self.measured.check(trainer, pl_module)
-        check_sets(trainer)
         self._sizes(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -263,18 +263,17 @@ def check_sets(trainer: Trainer, read: dict[str, Samples] | None = None) -> None
 
     Args:
         trainer: Trainer whose data module is set up.
-        read: Sets by name, in place of all that the data module keeps.
+        read: Sets by name that have been read, beside all that the data module keeps.
 
     Raises:
         ValueError: The sets of two processes differ in sizes, inputs or labels.
     """
     if trainer.world_size == 1:
         return
-    if read is None:
-        splits = ("train", "test", "val", "fresh")
-        read = {split: samples_of(trainer, split) for split in splits if has_set(trainer, split)}
+    splits = ("train", "test", "val", "fresh")
+    own = {split: samples_of(trainer, split) for split in splits if has_set(trainer, split)}
     tensors: dict[str, Tensor] = {}
-    for split, samples in read.items():
+    for split, samples in (own | (read or {})).items():
         found = samples.to(trainer.strategy.root_device)  # where processes can exchange them
         tensors |= dict(named_tensors(found.x, f"{split} inputs")) | {f"{split} labels": found.y}
     agree_on_tensors(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sized
+from difflib import get_close_matches
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -67,9 +68,13 @@ class OptimalEarlyStopping(NamedCallback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the errors of this validation."""
-        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:  # a sanity check may log nothing
+        if trainer.state.fn != TrainerFn.FITTING:
             return
-        if self.monitor not in trainer.callback_metrics:
+        logged_now = {*trainer.callback_metrics}
+        misspelled = self.monitor not in logged_now and get_close_matches(self.monitor, logged_now)
+        if trainer.sanity_checking and not misspelled:  # a sanity check may log nothing, or less
+            return
+        if self.monitor not in logged_now:
             raise KeyError(
                 f"No metric {self.monitor!r} is logged in validation; there are {sorted(trainer.callback_metrics)}. "
                 "Name the one that is the test error as monitor=..."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -15,16 +15,15 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from ntk_lightning.callbacks.find_network import network, predict
-from ntk_lightning.callbacks.from_trainer import epochs_between_validations, run_config, trainer_options
+from ntk_lightning.callbacks.fitting import FittingCallback
+from ntk_lightning.callbacks.from_trainer import run_config, trainer_options
 from ntk_lightning.callbacks.measured import Measured
-from ntk_lightning.callbacks.named import NamedCallback
-from ntk_lightning.callbacks.nested_fits import FIT_NAMES, FitKind, NestedProblem
+from ntk_lightning.callbacks.nested_fits import FIT_NAMES
 from ntk_lightning.callbacks.steps import steps_of
 from ntk_lightning.datamodules.base import Batch
 from ntk_lightning.modules.base import NTKModule
 from ntk_lightning.objective import encode_targets, squared_error
 from ntk_lightning.optim import OptimizerConfig
-from ntk_lightning.solvers import KernelFit
 
 __all__ = ["SameSteps", "departures"]
 
@@ -32,55 +31,13 @@ _LOSS_TOLERANCE = 0.02  # relative: mixed precision rounds
 _STEP_TOLERANCE = 1e-3
 
 
-class SameSteps(NamedCallback):
+class SameSteps(FittingCallback):
     """Mixin of callbacks that fit kernels, and where by the module's optimizer config, the run must take its steps.
 
     What can be seen when the training starts is refused by a ValueError; what shows itself later, when a refusal would
     lose the run, is warned about once, and marks the models of the callback in tables. A callback with an optimizer of
     its own, or one that fits otherwise than by SGD, compares nothing.
     """
-
-    optimizer: OptimizerConfig | None
-    fit: FitKind | None
-    measured: Measured
-
-    def fit_kind(self, module: LightningModule) -> FitKind:
-        """Choose how kernels are fitted.
-
-        Args:
-            module: Of the run.
-
-        Returns:
-            What was asked for; else SGD where there is an optimizer config, gradient flow where there is none.
-        """
-        known = self.optimizer is not None or isinstance(getattr(module, "optimizer_config", None), OptimizerConfig)
-        return self.fit or ("sgd" if known else "flow")
-
-    def fit_kernel(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        problem: NestedProblem,
-        n: int,
-        steps: Sequence[int] | None = None,
-    ) -> KernelFit:
-        """Fit a kernel to the first n samples.
-
-        Args:
-            trainer: Trainer of the run.
-            module: Its module.
-            problem: The kernel's Grams.
-            n: How many samples.
-            steps: Evaluate after these steps of SGD, instead of as often as the run is validated.
-
-        Returns:
-            The fit.
-        """
-        kind = self.fit_kind(module)
-        if kind != "sgd":
-            return problem.flow(n) if kind == "flow" else problem.ridge(n)
-        optimizer, between = run_config(trainer, module, self.optimizer), epochs_between_validations(trainer)
-        return problem.sgd(n, optimizer, epochs_between=between, steps=steps)
 
     def _compares(self, module: LightningModule) -> bool:
         """Tell whether the run must take the steps of the module's config."""
@@ -89,8 +46,6 @@ class SameSteps(NamedCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse Trainer options that change the steps."""
         super().setup(trainer, pl_module, stage)
-        if self.fit not in (None, *FIT_NAMES):
-            raise ValueError(f"fit must be None or one of {', '.join(map(repr, FIT_NAMES))}, got {self.fit!r}.")
         if stage != "fit":
             return
         _WATCHED[trainer] = _Watch()

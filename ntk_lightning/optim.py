@@ -52,15 +52,15 @@ class OptimizerConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name == "full_batch":
-                if not isinstance(value, bool | np.bool_):
-                    raise TypeError(f"full_batch must be True or False, got {value!r}.")
-            elif name in ("lr", "momentum"):
-                if not isinstance(value, Real) or isinstance(value, bool):
-                    raise TypeError(f"{name} must be a number, got {value!r}.")
-            elif not is_whole(value) and not (name == "steps" and value is None):
-                raise TypeError(f"{name} must be a whole number, got {value!r}.")
+        values = vars(self)
+        if not isinstance(values["full_batch"], bool | np.bool_):
+            raise TypeError(f"full_batch must be True or False, got {self.full_batch!r}.")
+        for name in ("lr", "momentum"):
+            if not isinstance(values[name], Real) or isinstance(values[name], bool):
+                raise TypeError(f"{name} must be a number, got {values[name]!r}.")
+        for name in ("batch_size", "epochs", "steps", "seed"):
+            if not is_whole(values[name]) and not (name == "steps" and values[name] is None):
+                raise TypeError(f"{name} must be a whole number, got {values[name]!r}.")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be > 0 and finite, got {self.lr}.")
         if not 0 <= self.momentum < 1:

@@ -1,4 +1,7 @@
-"""Inputs of any kind, outputs by a function, kernels by layer, and copies of networks that deepcopy refuses."""
+"""Inputs of any kind, outputs by a function, kernels by layer, and copies of networks that deepcopy refuses.
+
+Longer than 300 lines, since all of it is tried on one table of networks and inputs.
+"""
 
 from __future__ import annotations
 

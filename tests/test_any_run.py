@@ -1,4 +1,7 @@
-"""Kernel callbacks in Lightning projects that know nothing of this package: plain loaders, any module and any loss."""
+"""Kernel callbacks in Lightning projects that know nothing of this package: plain loaders, any module and any loss.
+
+Longer than 300 lines, since every part of a run that a user may have otherwise is tried on the same few samples.
+"""
 
 from __future__ import annotations
 

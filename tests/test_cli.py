@@ -131,6 +131,7 @@ def test_cifar_overlay_takes_local_parquet(tmp_path: Path) -> None:
     assert arms(tmp_path / "comparison.csv") == [("linearized network", 16)]
 
 
+@pytest.mark.ci
 def test_ddp_overlay_runs_two_processes(tmp_path: Path) -> None:
     configs = [MAIN, OVERLAYS / "linearized.yaml", OVERLAYS / "ddp.yaml", tiny(tmp_path)]
     command = [sys.executable, "-m", "ntk_lightning", "fit", *(f"--config={config}" for config in configs)]

@@ -79,7 +79,10 @@ def cells(tables: dict[str, list[dict[str, str]]]) -> list[tuple[Any, ...]]:
     ]
 
 
-@pytest.mark.parametrize(("launch", "processes"), [(torchrun, 2), (torchrun, 3), (two_nodes, 2)])
+@pytest.mark.parametrize(
+    ("launch", "processes"),
+    [(torchrun, 2), *(pytest.param(*case, marks=pytest.mark.ci) for case in ((torchrun, 3), (two_nodes, 2)))],
+)
 def test_processes_change_nothing(
     launch: Any,  # noqa: ANN401 - one of the two above
     processes: int,
@@ -101,6 +104,7 @@ def test_processes_change_nothing(
     assert len(one_process["finite"]["tables"]) == 7
 
 
+@pytest.mark.ci
 def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     script = SCRIPT.with_name("ddp_resume.py")
     assert start_nodes(2, script, tmp_path / "calm", 0) == [0, 0]
@@ -113,6 +117,7 @@ def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(tmp_p
         assert (tmp_path / "calm" / table).read_bytes() == (tmp_path / "stopped" / table).read_bytes()
 
 
+@pytest.mark.ci
 def test_a_kernel_that_overflows_on_one_process_leaves_none_waiting(tmp_path: Path) -> None:
     assert start_nodes(2, SCRIPT.with_name("ddp_resume.py"), tmp_path, -1) == [0, 0]
 

@@ -62,6 +62,7 @@ def blocks(page: Path) -> list[Block]:
 PAGES = {str(page.relative_to(DOCS)): blocks(page) for page in sorted(DOCS.rglob("*.md"))}
 WITH_BLOCKS = {name: found for name, found in PAGES.items() if found}
 NEEDS = {"how-to/transformers.md": ("transformers", "peft")}  # of the extra `clients`; its blocks run with -m ci
+LONG = {"api/cli.md", "how-to/network.md", "how-to/report.md", "how-to/uncertainty.md", "tutorial.md"}  # so do theirs
 
 
 def run_command(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +131,8 @@ def test_every_block_is_run_or_says_why_not(page: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=[pytest.mark.ci] if page in NEEDS else []) for page in WITH_BLOCKS]
+    "page",
+    [pytest.param(page, marks=[pytest.mark.ci] if page in NEEDS or page in LONG else []) for page in WITH_BLOCKS],
 )
 def test_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in NEEDS.get(page, ()):
@@ -331,6 +333,7 @@ def test_command_line_page_has_every_overlay_and_study() -> None:
     }
 
 
+@pytest.mark.ci
 def test_page_names_everything_that_a_run_and_a_study_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     more = {

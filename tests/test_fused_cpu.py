@@ -225,6 +225,7 @@ def test_transposed_and_sliced_inputs_are_read_right() -> None:
     assert torch.equal(fused_cpu.gram(layers, "ntk", view, None, ignore), expected)
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_a_second_process_finds_the_compiled_code() -> None:
     code = """

@@ -199,11 +199,13 @@ def check(name: str, gram: Tensor, announced: int, diagonal: Tensor | None) -> N
         torch.testing.assert_close(diagonal, gram.diagonal(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernel_equals_reference(name: str, interpreted: Results) -> None:
     check(name, *interpreted[name])
 
 
+@pytest.mark.ci
 def test_rows_beyond_32_bits_are_found(written: tuple[Results, Tensor]) -> None:
     assert written[1].tolist() == [3.75, 4.0]
 

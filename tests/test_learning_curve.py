@@ -35,6 +35,7 @@ def gaussian_pool(count: int, decay: float, noise: float, generator: torch.Gener
     return scaled @ scaled.T, y
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_synthetic_spectra_within_two_standard_errors() -> None:
     sizes, pools, scores = [40, 100, 250], 60, []

@@ -70,6 +70,7 @@ def test_wheel_from_sdist_holds_the_linked_folders_and_their_data(wheel: Path) -
     assert {top for top in tops if not top.endswith(".dist-info")} == {"ntk_lightning"}
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_main_job_runs_from_the_wheel_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     file = python(installed, tmp_path, "-c", "import ntk_lightning; print(ntk_lightning.__file__)")
@@ -85,6 +86,7 @@ def test_main_job_runs_from_the_wheel_in_an_empty_folder(installed: Path, tmp_pa
     assert (tmp_path / "kernel_dynamics.png").stat().st_size > 0
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_a_shipped_study_runs_from_the_wheel(installed: Path, tmp_path: Path) -> None:
     overlay = studies.tiny(studies.CONFIGS / "figure_1a.yaml", tmp_path)

@@ -108,6 +108,7 @@ logger.experiment.finish()
 """
 
 
+@pytest.mark.ci
 def test_the_logger_of_the_first_command_does_not_warn(tmp_path: Path) -> None:
     told = subprocess.run(
         [sys.executable, "-c", QUIET_RUN, str(tmp_path)], capture_output=True, text=True, check=True, cwd=ROOT

@@ -159,6 +159,7 @@ def test_a_gram_is_symmetric_and_positive_semidefinite(kernel: Kernel, x: Tensor
     assert float(values[0]) >= -(FLOAT32 if dtype == torch.float32 else HALF_THE_DIGITS) * float(values[-1])
 
 
+@pytest.mark.ci
 @given(st.one_of(networks(outputs=3), perceptrons(outputs=2)), inputs)
 def test_all_outputs_make_one_positive_semidefinite_kernel(net: nn.Sequential, x: Tensor) -> None:
     full = EmpiricalNTK(net, full=True)(x)

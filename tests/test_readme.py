@@ -43,6 +43,7 @@ def test_commands_run(arguments: list[str], tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "comparison.csv").exists()
 
 
+@pytest.mark.ci
 def test_study_its_figures_and_its_report_follow_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cli_configs").symlink_to(ROOT / "cli_configs")

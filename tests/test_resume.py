@@ -276,6 +276,7 @@ main()
 """
 
 
+@pytest.mark.ci
 def test_the_same_command_goes_on_after_sigkill_and_sigterm(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     configs = [

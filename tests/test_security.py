@@ -151,6 +151,7 @@ def test_a_store_does_not_follow_a_planted_link_out_of_its_folder(tmp_path: Path
     assert [path.name for path in outside.iterdir()] == ["precious"]
 
 
+@pytest.mark.ci
 def test_secrets_of_the_environment_are_in_no_file_of_a_run(tmp_path: Path) -> None:
     secret = "0123456789abcdef" * 2 + "deadbeef"
     secrets = {"WANDB_API_KEY": secret, "HF_TOKEN": f"hf_{secret}"}

@@ -23,6 +23,7 @@ def soak(folder: Path, *arguments: str) -> tuple[int, dict[str, int], str]:
     return done.returncode, counts, done.stdout + done.stderr
 
 
+@pytest.mark.ci
 def test_nothing_is_lost_or_wrong(tmp_path: Path) -> None:
     status, counts, printed = soak(tmp_path, "--rounds=3", "--seed=0")
     assert (status, counts["lost"], counts["wrong"]) == (0, 0, 0), printed
@@ -32,6 +33,7 @@ def test_nothing_is_lost_or_wrong(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["counts.json"]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("damage", "tasks"), [("lost", ["study", "store"]), ("wrong", ["fit", "store"])])
 def test_what_is_lost_or_wrong_is_found_and_kept(damage: str, tasks: list[str], tmp_path: Path) -> None:
     status, counts, printed = soak(tmp_path, f"--rounds={len(tasks)}", "--tasks", *tasks, "--damage", damage)

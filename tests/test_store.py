@@ -464,6 +464,7 @@ def test_progress_counts_the_computed_pairs(tmp_path: Path, monkeypatch: pytest.
     assert bars == [[15, "pairs", True, 15], [10, "pairs", False, 10], [53, "pairs", False, 53]]
 
 
+@pytest.mark.ci
 def test_ten_kills_end_with_the_same_bytes_and_no_finished_block_twice(tmp_path: Path) -> None:
     n, block, moment = 200, 10, random.Random(0)
     undisturbed, log = tmp_path / "undisturbed", tmp_path / "log"

@@ -146,6 +146,7 @@ for number in [1, 2, 3, 4, 5, None]:
 """
 
 
+@pytest.mark.ci
 def test_a_study_killed_five_times_ends_in_the_undisturbed_table_and_runs_no_finished_cell_again(
     tmp_path: Path,
 ) -> None:
@@ -202,6 +203,7 @@ def test_a_cell_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
         assert (calls[number - 1], calls[number + 1]) == ("fsync", "fsync")  # the file, then its folder
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("capsys")  # what is printed goes to no file
 def test_a_full_disk_is_told_and_keeps_the_finished_cells(tmp_path: Path) -> None:
     file = CONFIGS / "figure_2a.yaml"
