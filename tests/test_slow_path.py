@@ -208,6 +208,14 @@ def test_layers_that_mix_samples_are_refused_in_every_spelling(name: str, dtype:
         EmpiricalNTK(net)(x[:1], x)
 
 
+@pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])
+def test_gradients_scaled_by_the_tokens_of_a_batch_are_refused(layer: type[nn.Module]) -> None:
+    net, x = nn.Sequential(layer(7, 2, scale_grad_by_freq=True), nn.Flatten()), torch.randint(7, (4, 3))
+    for make in (EmpiricalNTK, LinearizedNetwork):
+        with pytest.raises(ValueError, match=r"'0' divides gradients.*set scale_grad_by_freq=False"):
+            make(net)(x)
+
+
 def test_layers_that_only_look_random_or_mixing_are_taken() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 6), nn.Dropout(), nn.RReLU(), nn.BatchNorm1d(6), nn.Linear(6, 1)).eval()
