@@ -85,6 +85,12 @@ def test_a_packed_lstm_takes_lengths_and_is_linearized_by_reverse_mode() -> None
     assert relative(gradient, j.sum(0)) < 1e-12
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "reentrant checkpoint"])
+def test_a_network_that_computes_activations_again_is_not_linearized(name: str) -> None:
+    with pytest.raises(ValueError, match="turn checkpointing off"):
+        LinearizedNetwork(SLOW[name][0]())(torch.randn(4, 3))
+
+
 class Asking(nn.Module):
     """A branch on the sign of the first feature, and one on a mask, as in transformers."""
 

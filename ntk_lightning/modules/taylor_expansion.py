@@ -166,7 +166,15 @@ def _try(net: nn.Module, f: _Function, w: Weights, order: int, device: torch.dev
         _log.info(_BY_GRADIENTS, type(net).__name__, reasons)
         return "gradients"
     u = torch.linspace(1, 2, value.numel()).to(value).reshape(value.shape)
-    found = torch.autograd.grad(value, list(leaves.values()), u, materialize_grads=True, allow_unused=True)
+    try:
+        found = torch.autograd.grad(value, list(leaves.values()), u, materialize_grads=True, allow_unused=True)
+    except RuntimeError as error:
+        if "checkpoint" not in str(error).lower():
+            raise
+        raise ValueError(
+            f"{type(net).__name__} computes activations again in its backward pass, then without the weights that it "
+            "is expanded at: turn checkpointing off, in transformers by net.gradient_checkpointing_disable()."
+        ) from error
     gradient = {n: g.to_dense() if g.is_sparse else g for n, g in zip(leaves, found, strict=True)}
     ways: dict[_Way, Callable[..., tuple[Tensor, ...]]] = {"forward": _by_forward_mode, "reverse": _by_reverse_mode}
     for way, derivatives in ways.items():
