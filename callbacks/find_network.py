@@ -39,7 +39,8 @@ def network_name(module: LightningModule, name: str | None = None) -> str:
         module: Module that holds it, built.
         name: Attribute path of the submodule that maps inputs to outputs; "" is the module itself, by its forward.
             None finds it: the submodule called ``net``; else the only child with parameters that are trained, where the
-            module has none beside it; else the module itself, where it has a forward.
+            module has none beside it, or the only one of that child if it has no forward; else the module itself,
+            where it has a forward.
 
     Returns:
         The attribute path.
@@ -65,11 +66,25 @@ def network_name(module: LightningModule, name: str | None = None) -> str:
     trained = [child for child, part in module.named_children() if _is_trained(part.parameters())]
     own = _is_trained(module.parameters(recurse=False))
     if len(trained) == 1 and not own:
-        return trained[0]
+        return _first_with_forward(module, trained[0])
     if (trained or own) and _has_forward(module):
         return ""
     found = f"the submodules {trained} are trained, and it has no forward" if trained else "nothing in it is trained"
     raise AttributeError(f"The network of {type(module).__name__} is not known: {found}. {give}")
+
+
+def _first_with_forward(module: LightningModule, path: str) -> str:
+    """Go into containers of one trained part, which only keep it."""
+    part = module.get_submodule(path)
+    if type(part).forward is not nn.Module.forward:
+        return path
+    inner = [child for child, held in part.named_children() if _is_trained(held.parameters())]
+    if len(inner) != 1 or _is_trained(part.parameters(recurse=False)):
+        raise AttributeError(
+            f"The network of {type(module).__name__} is not known: its {path!r} has no forward, and the parts {inner}. "
+            "Give the callback the one that maps inputs to outputs as network=..."
+        )
+    return _first_with_forward(module, f"{path}.{inner[0]}")
 
 
 def _is_trained(parameters: Iterable[nn.Parameter]) -> bool:

@@ -286,7 +286,8 @@ def check_sets(trainer: Trainer, read: dict[str, Samples] | None = None) -> None
 def _say_how_many(name: str, taken: int, loader: object, split: str) -> None:
     data = getattr(loader, "dataset", getattr(loader, "samples", None))
     try:
-        total: int | None = len(data)  # type: ignore[arg-type]  # what has none raises
+        batched = getattr(loader, "batch_sampler", ()) is None  # then the data set's length is the number of batches
+        total: int | None = None if batched else len(data)  # type: ignore[arg-type]  # what has none raises
     except (TypeError, NotImplementedError):
         total = None
     if total != taken:

@@ -94,7 +94,10 @@ class ScheduledCallback(NamedCallback, ABC):
         super().on_train_start(trainer, pl_module)
         total = trainer.estimated_stepping_batches
         if not 0 <= total < float("inf"):
-            raise ValueError("The schedule needs the length of the run: set the Trainer's max_epochs or max_steps.")
+            raise ValueError(
+                "The schedule needs the length of the run: set the Trainer's max_epochs or max_steps; with an iterable "
+                "data set, which does not tell how many batches it has, max_steps or limit_train_batches."
+            )
         self._steps = steps_to_measure(int(total), self.every_n_batches, self.log_spaced, self.at)
         steps_of(trainer).start(trainer, pl_module, self._resumed)
         shared_extraction(trainer).ended = False

@@ -346,3 +346,127 @@ def test_ranks_share_a_kernel_of_several_inputs(tmp_path: object) -> None:
     for a, b, alone in zip(first[:2], second[:2], first[2:], strict=True):
         assert torch.equal(a, b)
         assert relative(a, alone) < 1e-12
+
+
+class Writing(nn.Module):
+    """Writes into what it is given, as x.div_(255) or a first nn.ReLU(inplace=True) do."""
+
+    def __init__(self, write: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.write, self.a, self.b = write, nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.write(x)
+        return self.b(self.a(x).tanh())
+
+
+class Cutting(Writing):
+    """A write that torch.func does not transform."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x[x < 0] = 0
+        return super().forward(x)
+
+
+WRITING: dict[str, Callable[[], nn.Module]] = {
+    "scaling": lambda: Writing(lambda x: x.mul_(2)),
+    "shift": lambda: Writing(lambda x: x.add_(1)),
+    "a feature": lambda: Writing(lambda x: x[:, 0].zero_()),
+    "a mask": lambda: Cutting(lambda x: x.mul_(2)),
+    "nn.ReLU": lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)),
+}
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_networks_that_write_into_their_inputs(name: str) -> None:
+    torch.manual_seed(0)
+    net, x = WRITING[name]().to(D), torch.randn(5, 3, dtype=D)
+    before, j = x.clone(), jacobian(net, x)
+    gram, v = torch.einsum("icp,jcp->ij", j, j) / 2, torch.randn(5, dtype=D)
+    for _ in range(2):
+        kernel = EmpiricalNTK(net)
+        assert relative(kernel(x), gram) < 1e-12
+        assert relative(kernel.diag(x), gram.diagonal()) < 1e-12
+        assert relative(sum(kernel.per_layer(x).values()), gram) < 1e-12
+        assert relative(kernel.matvec(x, v), gram @ v) < 1e-12
+        twin = LinearizedNetwork(net)
+        with torch.no_grad():
+            for d in twin.displacement:
+                d.normal_()
+        along = torch.cat([d.detach().reshape(-1) for d in twin.displacement])
+        assert relative(twin(x).detach(), j @ along) < 1e-12
+        assert torch.equal(x, before)
+
+
+class Read(nn.Module):
+    """A readout of what a layer makes of tokens or vectors."""
+
+    def __init__(self, layer: nn.Module, width: int, read: Callable[[Tensor], Tensor] = torch.tanh) -> None:
+        super().__init__()
+        self.layer, self.read, self.out = layer, read, nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.read(self.layer(x)))
+
+
+class Twice(nn.Bilinear):
+    """A bilinear form of one vector."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x)
+
+
+TOKENS = torch.tensor([[1, 2], [2, 3], [0, 4], [1, 0], [5, 6]])  # padding is neither in the first two nor in the last
+QUIETLY: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "embedding bag": (lambda: Read(nn.EmbeddingBag(7, 4), 4), TOKENS),
+    "embedding bag of maxima": (lambda: Read(nn.EmbeddingBag(7, 4, mode="max"), 4), TOKENS),
+    "embedding with padding": (lambda: Read(nn.Embedding(7, 4, padding_idx=0), 4, lambda h: h.mean(1).tanh()), TOKENS),
+    "negative padding": (lambda: Read(nn.Embedding(7, 4, padding_idx=-7), 4, lambda h: h.mean(1).tanh()), TOKENS),
+    "sparse embedding": (lambda: Read(nn.Embedding(7, 4, sparse=True), 4, lambda h: h.mean(1).tanh()), TOKENS),
+    "weight_norm": (lambda: Read(parametrizations.weight_norm(nn.Linear(2, 4)), 4), torch.randn(5, 2, dtype=D)),
+    "bilinear": (lambda: Read(Twice(2, 2, 4), 4), torch.randn(5, 2, dtype=D)),
+    "scale by .data": (lambda: ByData(2, 2), torch.randn(5, 2, dtype=D)),
+    "squeezed": (lambda: Squeezed(2, 1), torch.randn(5, 2, dtype=D)),
+}
+
+
+class ByData(nn.Linear):
+    """Weights over their norm, which gets no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / self.weight.data.norm()
+
+
+class Squeezed(nn.Linear):
+    """One output, without a dimension of its own; one sample has then none at all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh().squeeze()
+
+
+@pytest.mark.parametrize("name", QUIETLY)
+def test_layers_without_rules_are_right_and_raise_no_warning(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    torch.manual_seed(0)
+    make, x = QUIETLY[name]
+    net = make().to(D)
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    rows = []
+    for output in net(x).reshape(len(x), -1).T.flatten():
+        found = torch.autograd.grad(output, parameters, retain_graph=True)
+        rows.append(torch.cat([(g.to_dense() if g.is_sparse else g).flatten() for g in found]))
+    j = torch.stack(rows).unflatten(0, (-1, len(x))).transpose(0, 1)  # (n, C, P)
+    gram, v = torch.einsum("icp,jcp->ij", j, j) / j.shape[1], torch.randn(5, dtype=D)
+    kernel, twin = EmpiricalNTK(net), LinearizedNetwork(net)
+    assert relative(kernel(x), gram) < 1e-12
+    assert relative(kernel.diag(x), gram.diagonal()) < 1e-12
+    assert relative(kernel.matvec(x, v), gram @ v) < 1e-12
+    with torch.no_grad():
+        for d in twin.displacement:
+            d.normal_()
+    along = torch.cat([d.detach().reshape(-1) for d in twin.displacement])
+    outputs = twin(x)
+    assert relative(outputs.detach().reshape(len(x), -1), j @ along) < 1e-12
+    outputs.sum().backward()
+    found = [d.grad.to_dense() if d.grad.is_sparse else d.grad for d in twin.displacement]
+    assert relative(torch.cat([g.flatten() for g in found]), j.sum((0, 1))) < 1e-12
+    assert [str(w.message) for w in recwarn if not issubclass(w.category, DeprecationWarning)] == []

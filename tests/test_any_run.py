@@ -226,6 +226,16 @@ def test_numbers_of_samples_are_said_once_and_can_be_chosen(tmp_path: Path, capl
     assert few.model_errors()[0].curve["losses"] == pytest.approx(by_hand.curves["test"].losses.tolist(), rel=1e-4)
 
 
+def test_a_data_set_of_whole_batches_is_counted_in_samples(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    batches = [(X[i : i + 8], Y[i : i + 8]) for i in range(0, 40, 8)]
+    after = AfterKernel()
+    fit(Classifier(), [after], tmp_path, DataLoader(batches, batch_size=None), loader(X_VAL, Y_VAL), max_epochs=1)  # type: ignore[arg-type]
+    said = [record.message for record in caplog.records if record.message.startswith("Kernels take")]
+    assert said == ["Kernels take the first 40 training samples: n_train=... takes another number."]
+    assert after.model_errors()[0].n == 40
+
+
 @pytest.mark.parametrize(("which", "chosen"), [(None, 0), (1, 1), ("noisy", 1), ("clean", 0)])
 def test_one_of_several_validation_loaders(which: Any, chosen: int, tmp_path: Path) -> None:  # noqa: ANN401
     module, sets = Classifier(), [(X_VAL, Y_VAL), blobs(20, 5)]
@@ -390,6 +400,13 @@ def test_the_network_is_found() -> None:
     assert network_name(with_teacher) == "model"
     with pytest.raises(AttributeError, match=r"not known: the submodules \['model', 'head'\] are trained.*network="):
         network_name(NoForward())
+    holder = LightningModule()
+    holder.model = nn.Module()
+    holder.model.backbone = nn.Linear(2, 2)
+    assert network_name(holder) == "model.backbone"
+    holder.model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    with pytest.raises(AttributeError, match=r"'model' has no forward, and the parts \['body', 'head'\].*network="):
+        network_name(holder)
     with pytest.raises(AttributeError, match="nothing in it is trained"):
         network_name(LightningModule())
 
@@ -664,6 +681,14 @@ class Ends(IterableDataset[Any]):
 
     def __iter__(self) -> Any:  # noqa: ANN401
         yield from zip(X[:10], Y[:10], strict=True)
+
+
+def test_a_schedule_on_a_stream_needs_the_number_of_its_batches(tmp_path: Path) -> None:
+    stream, val, dynamics = DataLoader(Ends(), batch_size=5), loader(X_VAL, Y_VAL), EmpiricalNTKDynamics()
+    with pytest.raises(ValueError, match=r"iterable data set.*max_steps or limit_train_batches"):
+        fit(Classifier(), [dynamics], tmp_path, stream, val, max_epochs=1)
+    fit(Classifier(), [dynamics], tmp_path, stream, val, max_epochs=1, limit_train_batches=2)
+    assert [row["step"] for row in dynamics.rows] == [0, 1, 2]
 
 
 def unequal(batch: Any) -> Any:  # noqa: ANN401

@@ -85,6 +85,12 @@ def test_a_packed_lstm_takes_lengths_and_is_linearized_by_reverse_mode() -> None
     assert relative(gradient, j.sum(0)) < 1e-12
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "reentrant checkpoint"])
+def test_a_network_that_computes_activations_again_is_not_linearized(name: str) -> None:
+    with pytest.raises(ValueError, match="turn checkpointing off"):
+        LinearizedNetwork(SLOW[name][0]())(torch.randn(4, 3))
+
+
 class Asking(nn.Module):
     """A branch on the sign of the first feature, and one on a mask, as in transformers."""
 
@@ -206,6 +212,14 @@ def test_layers_that_mix_samples_are_refused_in_every_spelling(name: str, dtype:
         EmpiricalNTK(net)(x)
     with pytest.raises(ValueError, match=r"of (the|its) batch.*net\.eval\(\)"):
         EmpiricalNTK(net)(x[:1], x)
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])
+def test_gradients_scaled_by_the_tokens_of_a_batch_are_refused(layer: type[nn.Module]) -> None:
+    net, x = nn.Sequential(layer(7, 2, scale_grad_by_freq=True), nn.Flatten()), torch.randint(7, (4, 3))
+    for make in (EmpiricalNTK, LinearizedNetwork):
+        with pytest.raises(ValueError, match=r"'0' divides gradients.*set scale_grad_by_freq=False"):
+            make(net)(x)
 
 
 def test_layers_that_only_look_random_or_mixing_are_taken() -> None:

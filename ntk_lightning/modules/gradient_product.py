@@ -82,4 +82,5 @@ class _GradientProduct(torch.autograd.Function):
         inputs = list(leaves.values())
         unit, size = at_size_one(u)
         found = torch.autograd.grad(value, inputs, unit, retain_graph=True, allow_unused=True, materialize_grads=True)
-        return {name: gradient * size for name, gradient in zip(leaves, found, strict=True)}
+        dense = (gradient.to_dense() if gradient.is_sparse else gradient for gradient in found)  # of sparse embeddings
+        return {name: gradient * size for name, gradient in zip(leaves, dense, strict=True)}

@@ -154,8 +154,9 @@ def _try(net: nn.Module, f: _Function, w: Weights, order: int, device: torch.dev
     refused: dict[str, str] = {}
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda):
-        direction = {name: torch.randn_like(weight) for name, weight in w.items()}
+        direction = {name: torch.randn_like(weight).requires_grad_() for name, weight in w.items()}
         leaves = {name: weight.clone().requires_grad_() for name, weight in w.items()}
+    along = {name: d.detach() for name, d in direction.items()}
     meter = AllocationMeter()
     with torch.random.fork_rng(cuda), meter:
         value = f(leaves)
@@ -165,22 +166,30 @@ def _try(net: nn.Module, f: _Function, w: Weights, order: int, device: torch.dev
         _log.info(_BY_GRADIENTS, type(net).__name__, reasons)
         return "gradients"
     u = torch.linspace(1, 2, value.numel()).to(value).reshape(value.shape)
-    found = torch.autograd.grad(value, list(leaves.values()), u, materialize_grads=True, allow_unused=True)
-    gradient = dict(zip(leaves, found, strict=True))
+    try:
+        found = torch.autograd.grad(value, list(leaves.values()), u, materialize_grads=True, allow_unused=True)
+    except RuntimeError as error:
+        if "checkpoint" not in str(error).lower():
+            raise
+        raise ValueError(
+            f"{type(net).__name__} computes activations again in its backward pass, then without the weights that it "
+            "is expanded at: turn checkpointing off, in transformers by net.gradient_checkpointing_disable()."
+        ) from error
+    gradient = {n: g.to_dense() if g.is_sparse else g for n, g in zip(leaves, found, strict=True)}
     ways: dict[_Way, Callable[..., tuple[Tensor, ...]]] = {"forward": _by_forward_mode, "reverse": _by_reverse_mode}
     for way, derivatives in ways.items():
         watch = ForwardModeWatch()
         try:
             with torch.random.fork_rng(cuda), watch if way == "forward" else nullcontext():
                 product = derivatives(f, w, direction, 1)[1]
+            if order == 1:  # training goes back through the product, which not every graph allows
+                torch.autograd.grad(product, list(direction.values()), u, allow_unused=True)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # an operation without this derivative, in whatever way it says so
             refused[way] = f"{type(error).__name__}: {error}"
             continue
-        if watch.found is None and is_adjoint(
-            direction, product.detach(), u, gradient, rounded[0] if rounded else None
-        ):
+        if watch.found is None and is_adjoint(along, product.detach(), u, gradient, rounded[0] if rounded else None):
             if refused:
                 _log.info("%s is expanded by reverse mode: %s", type(net).__name__, refused["forward"])
             return way

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import vjp
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -41,12 +42,22 @@ class ForwardModeWatch(TorchFunctionMode):
         """Run an operation, and look at it."""
         if getattr(func, "__name__", "") == "custom_function_call":
             self.found = "a torch.autograd.Function"
+        elif func is F.embedding and kwargs and kwargs.get("padding_idx") is not None:
+            if bool((_values(args[0]) == kwargs["padding_idx"] % len(args[1])).any()):
+                self.found = "the padding token of an embedding"  # whose row gets no gradient
         elif not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             tensors = (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
             # unpacking is no operation of the network, so it is not looked at
             if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
                 self.found = "torch.no_grad() or torch.inference_mode()"
         return func(*args, **(kwargs or {}))
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """The values of all samples, which a transform of torch.func works on one by one."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def jvp_by_reverse(f: Callable[[Weights], Tensor], weights: Weights, direction: Weights, like: Tensor) -> Tensor:

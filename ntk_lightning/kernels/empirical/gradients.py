@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -162,15 +164,24 @@ class GradientRows(Rows):
         """Apply f to every sample; where samples take different branches, to each group that goes together."""
         leaves = [leaf.contiguous() for leaf in x.leaves]  # not all operations have a rule for others
         if not self.by_branch:
-            return vmap(f)(*leaves)
+            with _without_advice():
+                return vmap(f)(*leaves)
         try:
-            with _CommonBranch():
+            with _CommonBranch(), _without_advice():
                 return vmap(f)(*leaves)
         except _BranchesDiffer as differ:
             groups = [(differ.answers == answer).nonzero()[:, 0] for answer in differ.answers.unique()]
         results = [self._vmap(f, x[group]) for group in groups]
         order = torch.cat(groups).argsort()
         return [torch.cat(pieces)[order] for pieces in zip(*results, strict=True)]
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Keep back torch's words on operations without a rule for vmap, which are right all the same."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        yield
 
 
 class _BranchesDiffer(Exception):

@@ -106,8 +106,8 @@ class Inputs:
         return net(*args, **kwargs)
 
     def arguments(self, leaves: tuple[Tensor, ...] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments of a network."""
-        tensors = iter(self.leaves if leaves is None else leaves)
+        """Positional and keyword arguments of a network: copies, which it may write into."""
+        tensors = iter([leaf.clone() for leaf in (self.leaves if leaves is None else leaves)])
         filled = map_tensors(lambda _: next(tensors), self.form)
         if isinstance(filled, Tensor):
             return (filled,), {}

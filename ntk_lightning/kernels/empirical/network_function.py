@@ -77,6 +77,8 @@ def select_output(output: Output, returned: Any, n: int) -> Tensor:  # noqa: ANN
         ValueError: They are something else.
     """
     out = output(returned) if callable(output) else returned
+    if isinstance(out, Tensor) and out.dim() == 0 and n == 1:  # (1, 1) without its dimensions of size 1, by squeeze()
+        out = out.reshape(1)
     if not isinstance(out, Tensor) or out.dim() not in (1, 2) or len(out) != n or out.numel() == 0:
         got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
         sample = "one sample" if n == 1 else f"{n} samples"

@@ -187,9 +187,15 @@ class AllocationMeter(TorchDispatchMode):
 
 
 def _storages(values: Any) -> dict[int, Tensor]:  # noqa: ANN401 - whatever an operation takes or gives
-    """The tensors among them by the address of their memory; symbolic zeros have none."""
-    tensors = (t for t in tree_leaves(values) if isinstance(t, Tensor) and not t._is_zerotensor())
+    """The tensors among them by the address of their memory."""
+    tensors = (t for t in tree_leaves(values) if isinstance(t, Tensor) and _has_storage(t))
     return {t.untyped_storage().data_ptr(): t for t in tensors}
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    """Symbolic zeros, sparse tensors and the wrappers of torch.func have no memory of their own."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.layout == torch.strided and not wrapped and not tensor._is_zerotensor()
 
 
 def real_flat(gradients: Iterable[Tensor]) -> list[Tensor]:

@@ -46,6 +46,11 @@ def check_modes(net: nn.Module, dropout: bool = True) -> None:
                 f"{what} normalizes by statistics of the batch, so that a sample has no gradient of its own: "
                 "make the kernel of net.eval(), with running statistics."
             )
+        if getattr(module, "scale_grad_by_freq", False):
+            raise ValueError(
+                f"{what} divides gradients by how often a token is in the batch, so that a sample has no gradient of "
+                "its own: set scale_grad_by_freq=False."
+            )
         if dropout and isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise ValueError(f"{what} draws random numbers: make the kernel of net.eval().")
 
