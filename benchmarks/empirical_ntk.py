@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from kernel_fits import critical_rate, kernel_sgd_beside_memory
 from machine import machine
+from several_outputs import several_outputs
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from training import trainer_beside_loop, watching_beside_training
@@ -228,6 +229,7 @@ def taylor(options: argparse.Namespace) -> dict[str, Any]:
 
 PARTS = {
     "speed": speed,
+    "outputs": several_outputs,
     "memory": memory,
     "taylor": taylor,
     "kernel_sgd": kernel_sgd_beside_memory,

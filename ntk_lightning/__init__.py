@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     )
     from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK, KernelStore, compute_on_ray, kernel_key
     from ntk_lightning.modules import FiniteNetwork, InfiniteNTKReadout, KernelReadout, LinearizedNetwork
-    from ntk_lightning.networks import MLP, Erf, FiveLayerCNN, MyrtleCNN, NTKConv2d, NTKLinear, Residual
+    from ntk_lightning.networks import MLP, Erf, FiveLayerCNN, MyrtleCNN, NTKConv2d, NTKLinear, Pointwise, Residual
     from ntk_lightning.optim import OptimizerConfig, critical_learning_rate
     from ntk_lightning.scaling import (
         ExponentDifference,
@@ -117,6 +117,7 @@ __all__ = [
     "NTKLinear",
     "OptimalEarlyStopping",
     "OptimizerConfig",
+    "Pointwise",
     "PowerLawFit",
     "Residual",
     "ResumableCheckpoint",

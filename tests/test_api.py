@@ -44,6 +44,7 @@ FIXED: dict[str, dict[str, Any]] = {  # leading parameters, in order; ... where 
     "networks.FiveLayerCNN": {"width": 64, "in_channels": 3, "num_outputs": 1, **STD},
     "networks.MLP": {"width": ..., "depth": ..., "in_features": ..., "activation": None, "num_outputs": 1, **STD},
     "networks.Erf": {},
+    "networks.Pointwise": {"function": ..., "kinks": ()},
     "kernels.InfiniteNTK": {"net": ..., "kind": "ntk", "backend": "auto"},
     "kernels.EmpiricalNTK": {"net": ...},
     "kernels.KernelStore": {"folder": ..., "kernel": ..., "x": ...},

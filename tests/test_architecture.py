@@ -59,7 +59,7 @@ def test_width_does_not_change_the_layers() -> None:
         (nn.MaxPool2d(2), "MaxPool2d"),
         (nn.BatchNorm2d(3), "BatchNorm2d"),
         (nn.Conv2d(3, 3, 3), "Conv2d"),
-        (nn.GELU("tanh"), "GELU"),
+        (nn.PReLU(), "PReLU"),
         (nn.AvgPool2d(2, padding=1), "AvgPool2d"),
         (nn.AvgPool2d((2, 3)), "square"),
         (nn.AdaptiveAvgPool2d(2), "AdaptiveAvgPool2d"),

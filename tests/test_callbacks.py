@@ -263,7 +263,7 @@ def test_early_stop_still_extracts_the_last_kernel(tmp_path: Path) -> None:
         (AfterKernel(fresh=True), FiniteNetwork(net()), {}, TypeError, "needs the whole fresh set"),
         (AfterKernel([41]), FiniteNetwork(net()), {}, ValueError, "between 1 and the 40 samples"),
         (EmpiricalNTKDynamics(network="model"), FiniteNetwork(net()), {}, AttributeError, "has no network 'model'"),
-        (InfiniteNTKFit(), FiniteNetwork(MLP(2, 1, 192, nn.Tanh)), {}, TypeError, "no infinite-width kernel"),
+        (InfiniteNTKFit(), FiniteNetwork(MLP(2, 1, 192, nn.PReLU)), {}, TypeError, "no infinite-width kernel"),
         (EmpiricalNTKDynamics(), FiniteNetwork(net()), {"max_epochs": -1}, ValueError, "The Trainer never ends"),
     ],
 )

@@ -39,7 +39,7 @@ from ntk_lightning.kernels.empirical.network_function import NetworkFunction
 from ntk_lightning.kernels.empirical.network_state import Weights
 from ntk_lightning.networks import NTKConv2d, NTKLinear
 
-__all__ = ["AffineLayer", "Way", "hooked", "join", "layers_with_rules"]
+__all__ = ["AffineLayer", "Way", "candidates", "hooked", "join", "layers_with_rules"]
 
 Way = Literal["factors", "product", "vmap"]
 
@@ -202,7 +202,14 @@ def layers_with_rules(function: NetworkFunction, tensors: Weights, sample: Input
 
 
 def candidates(function: NetworkFunction) -> dict[str, AffineLayer]:
-    """Fully connected layers and convolutions without hooks that own plain, real, untied parameters."""
+    """Find fully connected layers and convolutions without hooks that own plain, real, untied parameters.
+
+    Args:
+        function: The network and its trainable parameters.
+
+    Returns:
+        The layers by name, without the shapes of their outputs.
+    """
     net = function.net
     uses = Counter(id(parameter) for _, parameter in net.named_parameters(remove_duplicate=False))
     layers = {}

@@ -65,6 +65,12 @@ def describe(kernel: Callable[..., Tensor]) -> list[str]:
             raise TypeError(f"A kernel's fingerprint must be a string, got {fingerprint!r}.")
         return [*lines, fingerprint]
     if isinstance(kernel, InfiniteNTK):
+        if "<" in str(kernel.layers):
+            raise TypeError(
+                f"The kernel of {kernel.layers} cannot be named in a store: a lambda, a function inside another or a "
+                "callable object has no name that tells it from others. Define the function of Pointwise by def in a "
+                "module, or give the kernel a string attribute `fingerprint`."
+            )
         return [*lines, f"layers = {kernel.layers}", f"kind = {kernel.kind}", f"backend = {kernel.backend}"]
     if not isinstance(kernel, nn.Module):
         raise TypeError(

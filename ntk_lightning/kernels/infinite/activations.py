@@ -1,4 +1,4 @@
-r"""The activations that have a closed form: one table, one row each.
+r"""The activations: one table, one row each; those without a closed form share the row of the quadrature.
 
 The limit of a network needs two expectations of its nonlinearity phi, with (u, v) ~ N(0, [[k11, k12], [k12, k22]]):
 
@@ -6,32 +6,39 @@ The limit of a network needs two expectations of its nonlinearity phi, with (u, 
 
 :func:`~ntk_lightning.kernels.infinite.architecture.parse` looks a module up in :data:`ACTIVATIONS`, the reference takes
 the formulas from there, and a compiled backend runs only activations whose rows name it. A new activation is a new row:
-its modules, its function of a :class:`Pair`, and, once they know it, the compiled backends.
+its modules, its function of a :class:`Pair`, and, once they know it, the compiled backends. Of any other pointwise
+function the duals are integrated numerically (:mod:`~ntk_lightning.kernels.infinite.quadrature`).
 
 Precision. A correlation r that is computed in p bits is uncertain by some rounding errors eps, and the duals of ReLU
 depend on sqrt(1 - r): one eps at r = 1 would be 1e-8 of the kernel in float64. So r within :data:`ROUNDING` eps of 1 or
 -1 counts as 1 or -1, which is right for equal vectors and for multiples of each other. Everything else is written
 without differences of nearly equal numbers and without products of variances, which overflow: inputs of any size that
 the dtype holds have kernels to a few eps.
+
+Longer than 300 lines because a table is read in one piece.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ntk_lightning.networks import Erf
+from ntk_lightning.kernels.infinite.functions import MODULES, Function, read_function
+from ntk_lightning.kernels.infinite.quadrature import expectations, warn_of
+from ntk_lightning.networks import Erf, Pointwise
 
 __all__ = [
     "ACTIVATIONS",
     "ROUNDING",
     "Activation",
     "Near",
+    "Numerical",
     "Pair",
     "Row",
     "dual_activation",
@@ -48,6 +55,13 @@ class Activation:
 
     name: str
     negative_slope: float = 0.0
+
+
+@dataclass(frozen=True)
+class Numerical(Activation):
+    """Pointwise nonlinearity whose duals are integrated numerically."""
+
+    function: Function = field(kw_only=True)
 
 
 class Near(NamedTuple):
@@ -163,6 +177,43 @@ def _gelu(pair: Pair, _: Activation) -> tuple[Tensor, Tensor]:
     return nngp / (2 * math.pi), derivative / (2 * math.pi)
 
 
+def _sin(pair: Pair, _: Activation) -> tuple[Tensor, Tensor]:
+    """phi(u) = sin(u): exp(-m) sinh(k12) and exp(-m) cosh(k12), with m = (k11 + k22) / 2."""
+    m = (pair.k11 + pair.k22) / 2
+    sum_, difference = (-m - pair.k12).exp(), (pair.k12 - m).exp()
+    small = pair.k12.abs() < 1  # where the difference of both exponentials would lose digits
+    sinh = (-m).exp() * torch.where(small, pair.k12, 0).sinh()
+    return torch.where(small, sinh, (difference - sum_) / 2), (difference + sum_) / 2
+
+
+def _cos(pair: Pair, activation: Activation) -> tuple[Tensor, Tensor]:
+    """phi(u) = cos(u): the duals of the sine, in the other order."""
+    sine, cosine = _sin(pair, activation)
+    return cosine, sine
+
+
+def _exp(pair: Pair, _: Activation) -> tuple[Tensor, Tensor]:
+    """phi(u) = exp(u), its own derivative: the mean of a log-normal variable, exp(Var(u + v) / 2)."""
+    mean = ((pair.k11 + pair.k22) / 2 + pair.k12).exp()
+    return mean, mean
+
+
+def _sign(pair: Pair, _: Activation) -> tuple[Tensor, Tensor]:
+    """phi(u) = sign(u): 2/pi arcsin(r). Its derivative counts as 0: no gradient passes it."""
+    nngp = torch.atan2(pair.r, _sqrt(pair.sine2)) * (2 / math.pi)
+    return nngp, torch.zeros_like(nngp)
+
+
+def _quadrature(pair: Pair, activation: Activation) -> tuple[Tensor, Tensor]:
+    """phi(u) any function; an estimated error that is too large is told."""
+    if not isinstance(activation, Numerical):
+        raise NotImplementedError(f"{activation} has no function to integrate.")
+    function = activation.function
+    duals = expectations(function, function.kinks, _sqrt(pair.k11), _sqrt(pair.k22), pair.r, pair.sine2)
+    warn_of(duals.error, function.name.partition(":")[0])
+    return duals.nngp, duals.derivative
+
+
 def _sine(a2: Tensor, b2: Tensor, sine2: Tensor) -> Tensor:
     """sqrt(1 - cosine^2) with cosine^2 = (1 - a2) (1 - b2) (1 - sine2), as a sum of positive numbers."""
     return (a2 + (1 - a2) * (b2 + (1 - b2) * sine2)).sqrt()
@@ -185,8 +236,21 @@ def _read_relu(module: nn.Module) -> Activation:
     return Activation("relu", module.negative_slope if isinstance(module, nn.LeakyReLU) else 0.0)
 
 
-def _read_gelu(module: nn.Module) -> Activation | None:
-    return Activation("gelu") if isinstance(module, nn.GELU) and module.approximate == "none" else None
+def _read_gelu(module: nn.Module) -> Activation:
+    return Activation("gelu") if isinstance(module, nn.GELU) and module.approximate == "none" else _numerical(module)
+
+
+def _read_pointwise(module: nn.Module) -> Activation:
+    return _FUNCTIONS.get(getattr(module, "function", None)) or _numerical(module)
+
+
+def _numerical(module: nn.Module) -> Numerical:
+    return Numerical("quadrature", function=read_function(module))
+
+
+def _named_only(name: str) -> tuple[tuple[type[nn.Module], ...], Callable[[nn.Module], Activation]]:
+    """Neither modules nor reader: Pointwise leads to the row."""
+    return (), lambda _: Activation(name)
 
 
 _BOTH = frozenset({"cpu", "cuda"})
@@ -196,12 +260,30 @@ ACTIVATIONS: dict[str, Row] = {
         variance=lambda variance, activation: variance * max(1.0, activation.negative_slope**2),
         shortfall=_relu_shortfall,
     ),
-    "gelu": Row("nn.GELU (exact)", (nn.GELU,), _read_gelu, _gelu, _BOTH, shortfall=_gelu_shortfall),
+    "gelu": Row("nn.GELU", (nn.GELU,), _read_gelu, _gelu, _BOTH, shortfall=_gelu_shortfall),
     "erf": Row(
         *("Erf", (Erf,), lambda _: Activation("erf"), _erf, _BOTH),
         variance=lambda *_: 1.0,
         float32_variance=100.0,  # then it is nearly a step, whose derivative is that of ReLU's second
     ),
+    "sin": Row("Pointwise(torch.sin)", *_named_only("sin"), _sin),
+    "cos": Row("Pointwise(torch.cos)", *_named_only("cos"), _cos),
+    "exp": Row("Pointwise(torch.exp)", *_named_only("exp"), _exp),
+    "sign": Row("Pointwise(torch.sign)", *_named_only("sign"), _sign),
+    "quadrature": Row(
+        ", ".join([*(f"nn.{kind.__name__}" for kind in MODULES), "Pointwise(any function)"]),
+        *((*MODULES, Pointwise), _read_pointwise, _quadrature),
+    ),
+}
+
+_FUNCTIONS: dict[object, Activation] = {  # of Pointwise, that have closed forms
+    **dict.fromkeys((torch.relu, F.relu), Activation("relu")),
+    **dict.fromkeys((torch.abs, torch.absolute), Activation("relu", -1.0)),  # max(u, 0) - min(u, 0)
+    **dict.fromkeys((torch.erf, torch.special.erf), Activation("erf")),
+    **dict.fromkeys((torch.sign, torch.sgn), Activation("sign")),
+    **{function: Activation(function.__name__) for function in (torch.sin, torch.cos, torch.exp)},
+    F.leaky_relu: Activation("relu", 0.01),
+    F.gelu: Activation("gelu"),
 }
 
 

@@ -38,6 +38,9 @@ class InfiniteNTK:
     Inputs in float64 give a kernel in float64, all others one in float32. Correlations within a few rounding errors of
     1 count as 1, so equal inputs, and multiples of each other, are exact to rounding.
 
+    Activations without a closed form, ``nn.Tanh`` or :class:`~ntk_lightning.networks.Pointwise` of any function, are
+    integrated numerically by the reference. Their error is estimated; above 1e-8 of the kernel a warning tells it.
+
     Where inputs require gradients, outside of ``torch.no_grad()``, the kernel does too; "reference" computes it. The
     NTK of a ReLU network has kinks at equal inputs and multiples: there the gradient is the mean of both sides.
 
@@ -87,7 +90,8 @@ class InfiniteNTK:
 
         Raises:
             TypeError: An input is not a floating-point tensor.
-            ValueError: Inputs are malformed, do not fit the network, or cannot run on the chosen backend.
+            ValueError: Inputs are malformed, do not fit the network, or cannot run on the chosen backend, or a
+                numerical integration does not converge.
             FloatingPointError: A covariance is too large for the inputs' precision.
         """
         self.check(x1, x2)
