@@ -86,6 +86,9 @@ class SameSteps(FittingCallback):
         if self._compares(pl_module) and not watch.begun:
             watch.begun = True
             watch.expected_loss = _expected_loss(trainer, pl_module, batch, self.measured)
+            watch.trainable = _trainable(pl_module)
+        elif watch.after and (found := watch.between_batches()):
+            watch.depart(trainer, found)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep, in the first batch, the gradients that plain SGD would step with."""
@@ -105,9 +108,11 @@ class SameSteps(FittingCallback):
         last = trainer.fit_loop.total_batch_idx
         if watch.departed_at is None and watch.batch != last and self._compares(pl_module):
             watch.batch = last  # the first of the run's callbacks looks for all
-            found = departures(trainer, pl_module, self.measured.network) + watch.first_batch(
-                trainer, pl_module, outputs
-            )
+            found = [
+                *departures(trainer, pl_module, self.measured.network),
+                *watch.first_batch(trainer, pl_module, outputs),
+                *watch.every_batch(pl_module, outputs),
+            ]
             if found:
                 watch.depart(trainer, found)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -146,7 +151,22 @@ class _Watch:
         self.batch = -1
         self.expected_loss: float | None = None
         self.before: list[tuple[Tensor, Tensor, Tensor]] | None = None  # weight, its value and gradient, first batch
+        self.after: list[tuple[Tensor, Tensor]] = []  # weight and its value when the first batch ended, for the second
+        self.trainable: set[str] = set()
         self.departed_at: int | None = None
+
+    def every_batch(self, module: LightningModule, outputs: object) -> list[str]:
+        """Look for a batch without a loss, and for weights that were frozen or released since the first batch."""
+        found = [] if outputs or not module.automatic_optimization else ["training_step gave no loss"]
+        if changed := sorted(self.trainable ^ _trainable(module)) if self.begun else []:
+            found.append(f"requires_grad has changed for {', '.join(map(repr, changed[:3]))}")
+        return found
+
+    def between_batches(self) -> list[str]:
+        """Compare the weights that the second batch begins with and those that the first has left."""
+        after, self.after = self.after, []
+        changed = any(not torch.equal(weight.detach(), value) for weight, value in after)
+        return ["the weights changed between the first batch and the second"] if changed else []
 
     def first_batch(self, trainer: Trainer, module: LightningModule, outputs: object) -> list[str]:
         """Compare the loss and the step of the first batch with those of plain SGD on the squared error."""
@@ -166,6 +186,7 @@ class _Watch:
                 > _STEP_TOLERANCE * float(lr * gradient.norm())
                 for weight, start, gradient in before
             ]
+            self.after = [(weight, weight.detach().clone()) for weight, _, _ in before]
             if any(wrong):
                 found.append("the first step is not the learning rate times the gradient of the loss")
         return found
@@ -182,6 +203,10 @@ class _Watch:
 
 
 _WATCHED: WeakKeyDictionary[Trainer, _Watch] = WeakKeyDictionary()
+
+
+def _trainable(module: nn.Module) -> set[str]:
+    return {name for name, weight in module.named_parameters() if weight.requires_grad}
 
 
 def _watch(trainer: Trainer) -> _Watch:
@@ -203,7 +228,7 @@ def departures(trainer: Trainer, module: LightningModule, name: str | None) -> l
     found = [f"the Trainer has {option}" for option in trainer_options(trainer)]
     found += [
         f"{type(module).__name__} has its own {hook}"
-        for hook in ("configure_gradient_clipping", "optimizer_step")
+        for hook in ("configure_gradient_clipping", "optimizer_step", "optimizer_zero_grad", "backward")
         if is_overridden(hook, module, LightningModule)
     ]
     found += [f"there is a schedule, {type(each.scheduler).__name__}" for each in trainer.lr_scheduler_configs]

@@ -214,6 +214,8 @@ def _permutation(seed: int, n: int) -> Tensor:
 def _take(pool: Samples, index: Tensor) -> Samples:
     samples = Samples(pool.x[index], pool.y[index].float())
     check_labels(samples.y)
+    if samples.x.is_complex():
+        raise TypeError(f"Images must be real, got {samples.x.dtype}: give real and imaginary parts as channels.")
     if samples.x.is_floating_point() and not torch.isfinite(samples.x).all():
         raise ValueError("An image has a NaN or infinite pixel: clean the data.")
     return samples

@@ -34,7 +34,7 @@ def normalization(x: Tensor) -> Callable[[Tensor], Tensor]:
     over, count = (0, *range(2, x.dim())), x.numel() // x.shape[1]  # all dimensions but that of the channels
     total = sum(part.double().sum(over, keepdim=True) for part in x.split(_CHUNK))
     mean = torch.as_tensor(total) / count
-    squares = sum((part - mean).square().sum(over, keepdim=True) for part in x.split(_CHUNK))
+    squares = sum((part.double() - mean).square().sum(over, keepdim=True) for part in x.split(_CHUNK))
     spread = (torch.as_tensor(squares) / count).sqrt()
     constant = spread <= _CONSTANT * mean.abs()
     if constant.any():
@@ -52,7 +52,7 @@ def normalization(x: Tensor) -> Callable[[Tensor], Tensor]:
     def normalize(samples: Tensor) -> Tensor:
         out = torch.empty(samples.shape)
         for part, normalized in zip(samples.split(_CHUNK), out.split(_CHUNK), strict=True):
-            normalized.copy_((part - mean) / spread)
+            normalized.copy_((part.double() - mean) / spread)
         return out
 
     return normalize

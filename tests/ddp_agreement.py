@@ -106,6 +106,18 @@ class Counted(nn.Module):
         return scaled
 
 
+class Scaled(nn.Linear):
+    """Has an argument that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 1)
+        nn.init.ones_(self.weight)
+        nn.init.ones_(self.bias)
+
+    def forward(self, input: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(input) * scale
+
+
 class Module(LightningModule):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -194,6 +206,19 @@ if __name__ == "__main__":
     found["sharded, a function"] = told(
         lambda: distributed_gram(lambda a, b=None, progress=False: a @ (a if b is None else b).T, other)
     )  # type: ignore[misc]
+    three = nn.Linear(3, 3)
+    options: list[Any] = [[{"output": 0}, {"output": 1}], [{"full": False}, {"full": True}]]
+    options += [[{}, {"dtype": torch.float64}], [{"features": "float32"}, {"features": "bfloat16"}]]
+    for both in options:
+        found[f"sharded, other {next(iter(both[1]))}"] = told(
+            lambda both=both: EmpiricalNTK(three, **both[rank]).sharded(x)
+        )  # type: ignore[misc]
+    layer = nn.Sequential(nn.Linear(3, 3), (nn.ReLU, nn.Tanh)[rank]())
+    found["sharded, another layer"] = told(lambda: EmpiricalNTK(layer).sharded(x))
+    three.bias.requires_grad_(rank == 0)
+    found["sharded, frozen weights"] = told(lambda: EmpiricalNTK(three).sharded(x))
+    scale = {"input": x, "scale": 1.0 + rank}
+    found["sharded, other arguments"] = told(lambda: EmpiricalNTK(Scaled()).sharded(scale))
     rounded = x * (1 + 1e-7 * rank)
     found["sharded, rounding"] = told(lambda: same.sharded(rounded))
     if rank == 0:

@@ -141,7 +141,7 @@ def test_processes_with_other_buffers_compute_the_kernel_of_the_first(name: str,
 def test_processes_with_other_sets_or_weights_are_all_told(agreement: dict[str, Any]) -> None:
     cases = {name: told for name, told in agreement.items() if isinstance(told, list)}
     assert cases.pop("sharded, rounding") == ["nothing", "nothing"]
-    assert len(cases) == 9 * 4 + 6
+    assert len(cases) == 9 * 4 + 13
     for name, (first, second) in cases.items():
         assert first == second, name
         assert ("differ from those of process 0" in first) or ("Processes differ in their" in first), (name, first)

@@ -191,3 +191,19 @@ def test_svhn_with_and_without_extra_share_no_cached_pool(tmp_path: Path, monkey
     assert "extra_32x32.mat" in asked
     assert len(few.load(train=True)) < len(many.load(train=True))
     assert torch.equal(few.load(train=False).x, many.load(train=False).x)
+
+
+def test_masks_are_normalized_as_zeros_and_ones() -> None:
+    x = vectors()[:, [0, 1, 3]] > 0
+    mask, number = (TensorData((part, Y), (part, Y)) for part in (x, x.float()))
+    for module in (mask, number):
+        module.setup()
+    assert torch.equal(mask.train_set.x, number.train_set.x)
+    assert mask.train_set.x.mean(0) == pytest.approx(torch.zeros(3), abs=1e-6)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_complex_samples_do_not_lose_their_imaginary_part(normalize: bool) -> None:
+    x = vectors() + 1j
+    with pytest.raises(TypeError, match=r"must be real, got torch\.complex128"):
+        TensorData((x, Y), (x, Y), normalize=normalize).setup()

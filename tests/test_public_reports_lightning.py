@@ -186,7 +186,25 @@ class WarmsUp(FiniteNetwork):
         super().optimizer_step(*args, **kwargs)
 
 
-@pytest.mark.parametrize(("module", "hook"), [(Clips, "configure_gradient_clipping"), (WarmsUp, "optimizer_step")])
+class Accumulates(FiniteNetwork):
+    def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - Lightning's signature
+        pass
+
+
+class ScalesLoss(FiniteNetwork):
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - Lightning's signature
+        super().backward(0.5 * loss, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("module", "hook"),
+    [
+        (Clips, "configure_gradient_clipping"),
+        (WarmsUp, "optimizer_step"),
+        (Accumulates, "optimizer_zero_grad"),
+        (ScalesLoss, "backward"),
+    ],
+)
 def test_hooks_that_change_every_step_are_refused(module: type[FiniteNetwork], hook: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{module.__name__} has its own {hook}"):
         fit(module(network(), CONFIG), [AfterKernel()], tmp_path)
@@ -204,6 +222,19 @@ class ScaledGradients(FiniteNetwork):
         for weight in self.parameters():
             assert weight.grad is not None
             weight.grad *= 0.1
+
+
+class Clamps(FiniteNetwork):
+    """Keeps weights in bounds after the step, which Lightning calls after the callbacks."""
+
+    def on_train_batch_end(self, *_: Any) -> None:  # noqa: ANN401 - Lightning's signature
+        for weight in self.parameters():
+            weight.data.clamp_(-0.1, 0.1)
+
+
+class SkipsBatches(FiniteNetwork):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:  # noqa: ANN401 - None is no tensor
+        return None if batch_idx % 2 == 0 else super().training_step(batch, batch_idx)
 
 
 class CrossEntropy(Own):
@@ -237,6 +268,8 @@ class LogsMore(FiniteNetwork):
         (lambda: Penalized(network(), CONFIG), "the loss of the first batch is"),
         (CrossEntropy, "the loss of the first batch is"),
         (lambda: ScaledGradients(network(), CONFIG), "the first step is not the learning rate times the gradient"),
+        (lambda: Clamps(network(), CONFIG), "the weights changed between the first batch and the second"),
+        (lambda: SkipsBatches(network(), CONFIG), "training_step gave no loss"),
     ],
 )
 def test_another_loss_or_gradient_is_told_and_marked(module: Any, message: str, tmp_path: Path) -> None:  # noqa: ANN401
@@ -274,6 +307,10 @@ CHANGES: dict[str, tuple[Callback, str]] = {
     "the rate": (During(4, lambda _, group: group.update(lr=0.005)), r"lr=0\.005 instead of 0\.05"),
     "the momentum": (During(4, lambda _, group: group.update(momentum=0.0)), "momentum=0 instead"),
     "the weights": (During(4, lambda _, group: group.update(params=group["params"][1:])), "leaves out '1.weight'"),
+    "freezing": (
+        During(4, lambda _, group: group["params"][0].requires_grad_(False)),
+        "has changed for 'net.1.weight'",
+    ),
     "accumulation": (GradientAccumulationScheduler({1: 3}), "accumulate_grad_batches=3"),
 }
 

@@ -138,6 +138,14 @@ def test_class_numbers_are_never_taken_for_real_targets(solve: Callable[..., obj
 
 
 @pytest.mark.parametrize("solve", SOLVE.values(), ids=SOLVE)
+def test_complex_targets_do_not_lose_their_imaginary_part(solve: Callable[..., object]) -> None:
+    with pytest.raises(TypeError, match=r"targets must be real, got torch\.complex128"):
+        solve(SINE[:N] + 1j, (CROSS, SINE[N:] + 1j))
+    with pytest.raises(TypeError, match=r"The targets of test must be real"):
+        solve(SINE[:N], (CROSS, SINE[N:] + 1j))
+
+
+@pytest.mark.parametrize("solve", SOLVE.values(), ids=SOLVE)
 def test_training_and_test_targets_are_of_one_kind(solve: Callable[..., object]) -> None:
     with pytest.raises(ValueError, match=r"the targets of test differ in kind, labels -1 and \+1 and real numbers"):
         solve(SIGNS[:N], (CROSS, SINE[N:]))

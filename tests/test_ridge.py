@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -154,3 +156,20 @@ def test_rejects_bad_input(change: dict[str, object], message: str) -> None:
     arguments: dict[str, object] = {"kernel": torch.eye(4), "targets": torch.ones(4)}
     with pytest.raises(ValueError, match=message):
         ridge(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (lambda v: None, TypeError, r"must return K @ v, a floating-point tensor, got NoneType"),
+        (lambda v: v.long(), TypeError, "got torch.int64"),
+        (lambda v: v[:3], ValueError, r"map v \(4,\) to K @ v, got \(3,\)"),
+        (lambda v: v[:, None], ValueError, r"got \(4, 1\)"),
+        (lambda v: v * float("nan"), ValueError, "NaN or infinite"),
+    ],
+)
+def test_a_function_that_gives_no_product_is_refused(
+    function: Callable[[Tensor], Tensor], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        ridge(function, torch.ones(4), 0.1)

@@ -167,6 +167,8 @@ def _check_set(
 
 def _check_targets(name: str, targets: Tensor, count: int, like: bool | None = None, *, real: bool = False) -> bool:
     """Check one label vector, (count,) or (count, C), and tell whether it stands for classes, as the training set's."""
+    if targets.is_complex():
+        raise TypeError(f"{name} must be real, got {targets.dtype}: call .real first, or fit real and imaginary parts.")
     if targets.dim() not in (1, 2) or len(targets) != count:
         raise ValueError(f"{name} must be ({count},) or ({count}, C) to fit the kernel, got {tuple(targets.shape)}.")
     if not torch.isfinite(targets).all():

@@ -128,7 +128,7 @@ def ridge(
         coefficients, residual, condition = _cholesky(gram.double(), labels, shift)
     else:
         with own_precision(labels.device.type):
-            precision = torch.float64 if isinstance(kernel, Tensor) else kernel(labels[:, 0]).dtype
+            precision = torch.float64 if isinstance(kernel, Tensor) else _checked_product(kernel, labels[:, 0]).dtype
             multiply = _system(kernel, shift)
             precondition = _nystrom(multiply, n, rank, seed, labels.device, torch.finfo(precision).eps)
             tolerance = tolerance or (1e-10 if precision == torch.float64 else 1e-5)
@@ -184,6 +184,19 @@ def _cholesky(gram: Tensor, labels: Tensor, shift: float) -> tuple[Tensor, float
         lambda v: torch.cholesky_solve(v[:, None], factor)[:, 0], n, device=gram.device, tolerance=1e-2
     )
     return coefficients, _relative(system @ coefficients - labels, labels), largest * of_inverse
+
+
+def _checked_product(kernel: Callable[[Tensor], Tensor], vector: Tensor) -> Tensor:
+    """The product with one vector (n,), of a function that has not been called before."""
+    product: object = kernel(vector)
+    if not isinstance(product, Tensor) or not product.is_floating_point():
+        found = product.dtype if isinstance(product, Tensor) else type(product).__name__
+        raise TypeError(f"The function must return K @ v, a floating-point tensor, got {found}.")
+    if product.shape != vector.shape:
+        raise ValueError(f"The function must map v {tuple(vector.shape)} to K @ v, got {tuple(product.shape)}.")
+    if not torch.isfinite(product).all():
+        raise ValueError("The function's product with the targets has a NaN or infinite entry: compute it in float64.")
+    return product
 
 
 def _system(kernel: Tensor | Callable[[Tensor], Tensor], shift: float) -> Callable[[Tensor], Tensor]:

@@ -282,6 +282,13 @@ class EmpiricalNTK(nn.Module):
         check_finite(product, f"check v; {_DIVERGED}", "product's entry", sides=1)
         return product
 
+    def extra_repr(self) -> str:
+        """Show what the values depend on beside the network; processes that compute one Gram compare it."""
+        settings = {
+            name: getattr(self, name) for name in ("dtype", "features", "output", "output2", "full", "trainable")
+        }
+        return ", ".join(f"{name}={value!r}" for name, value in settings.items())
+
     def sharded(self, x1: Arguments, x2: Arguments | None = None, *, progress: bool = False) -> Tensor:
         """Compute the Gram matrix on all ranks of the default process group together.
 

@@ -6,6 +6,7 @@ same samples.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-__all__ = ["agree_on_kernel", "agree_on_tensors", "checksum", "on_all_ranks", "share_buffers"]
+__all__ = ["agree_on_kernel", "agree_on_tensors", "checksum", "lines_of", "on_all_ranks", "share_buffers"]
 
 _CHUNK = 2**18  # entries that are summed at a time
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an entry
@@ -55,22 +56,42 @@ def on_all_ranks(fact: bool) -> bool:
     return all(_gather(fact))
 
 
-def agree_on_tensors(tensors: Mapping[str, Tensor], advice: str) -> None:
+def lines_of(value: object, name: str) -> dict[str, str]:
+    """Take the text of an object apart, to compare it across processes.
+
+    Args:
+        value: What ``repr`` shows as it computes.
+        name: What to call it in a message.
+
+    Returns:
+        The lines of its ``repr``, without addresses, which differ between processes.
+
+    Example:
+        >>> lines_of(nn.Sequential(nn.ReLU()), "network")["network, line 2"]
+        '(0): ReLU()'
+    """
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+    return {f"{name}, line {i}": line.strip() for i, line in enumerate(text.splitlines(), 1)}
+
+
+def agree_on_tensors(tensors: Mapping[str, Tensor], advice: str, texts: Mapping[str, str] | None = None) -> None:
     """Raise on every rank of the default process group if their tensors differ by more than rounding.
 
     Args:
         tensors: By name, for the message.
         advice: What to do about it, for the message.
+        texts: What is no tensor and must be equal too, by name.
 
     Raises:
-        ValueError: Names, shapes, dtypes or values differ.
+        ValueError: Names, shapes, dtypes, values or texts differ.
 
     Example:
         >>> agree_on_tensors({"training inputs": torch.ones(2)}, "seed the split")  # a single process agrees
     """
     if _world_size() == 1:
         return
-    forms = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    forms: dict[str, Any] = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    forms |= texts or {}
     everywhere = _gather((forms, {name: checksum([tensor]) for name, tensor in tensors.items()}))
     first, sums = everywhere[0]
     for rank, (other, _) in enumerate(everywhere):
@@ -92,16 +113,17 @@ def agree_on_kernel(kernel: Callable[..., Any]) -> None:
 
     Args:
         kernel: An ``nn.Module``, which a run keeps equal by its parameters only: batch normalization updates its
-            statistics on each rank. Other callables cannot be compared.
+            statistics on each rank. Of what is no tensor its ``repr`` is compared. Other callables cannot be.
 
     Raises:
-        ValueError: Parameters differ.
+        ValueError: Parameters or ``repr`` differ.
     """
     if _world_size() == 1 or not isinstance(kernel, nn.Module):
         return
     agree_on_tensors(
         {f"parameter {name!r}": parameter for name, parameter in kernel.named_parameters()},
-        "start them from one seed or checkpoint, and train them under one strategy.",
+        "make it alike on every process, from one seed or checkpoint, and train it under one strategy.",
+        lines_of(kernel, "kernel"),
     )
     share_buffers(kernel)
 
@@ -147,8 +169,8 @@ def _near_first_rank(tensor: Tensor) -> bool:
     return torch.allclose(tensor, first, rtol=0, atol=_ROUNDING * float(first.abs().max()) if first.numel() else 0.0)
 
 
-def _form(form: tuple[tuple[int, ...], torch.dtype] | None) -> str:
-    return "none" if form is None else f"{form[0]} in {form[1]}"
+def _form(form: tuple[tuple[int, ...], torch.dtype] | str | None) -> str:
+    return "none" if form is None else form if isinstance(form, str) else f"{form[0]} in {form[1]}"
 
 
 def _gather(value: object) -> list[Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed
 
 from ntk_lightning.kernels.checks import check_inputs
-from ntk_lightning.kernels.grams.agreement import agree_on_kernel, agree_on_tensors
+from ntk_lightning.kernels.grams.agreement import agree_on_kernel, agree_on_tensors, lines_of
 from ntk_lightning.kernels.grams.gram_and_cross import GramAndCross, Kernel, gram_and_cross
 from ntk_lightning.pytrees import named_tensors
 
@@ -142,6 +142,11 @@ def _agree_on_inputs(*inputs: Tensor) -> None:
     agree_on_tensors(
         dict(itertools.chain.from_iterable(_tensors(x, f"inputs {i}") for i, x in enumerate(inputs, 1))),
         "every process must pass the same samples in the same order, so seed whatever draws or splits them.",
+        {
+            k: v
+            for i, x in enumerate(inputs, 1)
+            for k, v in lines_of(getattr(x, "form", None), f"arguments {i}").items()
+        },
     )
 
 
