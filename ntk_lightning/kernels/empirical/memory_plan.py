@@ -81,12 +81,12 @@ def divide(budget: int, rows: Rows, x: Inputs, others: int, half: bool) -> Plan:
     # (two factors, one slice's product, their sum), each for all pairs of outputs that are kept apart.
     pair = (4 + len(rows.parts)) * rows.groups * rows.partner.groups * item
     chunk, work = chunk_size(budget, rows, x, kept=2 * row + pair)
-    free = budget - work
+    free = budget - work - budget // 16  # a sixteenth for what allocators keep of freed memory
     # A block's rows take an eighth of what is free at most, the panel's rows and one block of the Gram the rest.
     block = max(1, min(_BLOCK, n, free // (8 * row)))
     if not others and n * (row + block * pair) <= free:
         return Plan(chunk, block, n)
-    panel = min(n, (free - block * row) // (row + block * pair))
+    panel = max(1, min(n, (free - block * row) // (row + block * pair)))
     return Plan(chunk, block, -(-n // -(-n // panel)))  # as many panels, of equal size
 
 
