@@ -40,7 +40,7 @@ class LinearizedNetwork(NTKModule):
     Args:
         net: Maps inputs (n, ...) to outputs (n, num_outputs), or to what ``output`` takes; w0 is its current weights,
             copied. Frozen parameters stay frozen.
-        optimizer: Shared by every arm of a comparison.
+        optimizer: Shared by every model of a comparison.
         order: Highest order of the expansion.
         include_f0: Add f(w0, x): with order 1, the true linearization of f.
         output: The one output to expand, or None for all; or a function of what the network returns to (n,
