@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import math
 import re
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -269,9 +270,9 @@ def test_functions_have_keys_of_their_own_and_lambdas_none() -> None:
     assert len(set(keys)) == 6
     assert kernel_key(InfiniteNTK(MLP(3, 1, 4, nn.Tanh))) == keys[2]
     first = read_function(Pointwise(square)).name
-    redefined: dict[str, Any] = {"__name__": square.__module__}
-    exec("def square(u):\n    return u**4", redefined)  # as a cell of a notebook that was changed
-    assert read_function(Pointwise(redefined["square"])).name != first
+    changed = types.FunctionType(cube.__code__, {"__name__": square.__module__}, "square")
+    changed.__qualname__ = "square"  # as in a cell of a notebook that was changed
+    assert read_function(Pointwise(changed)).name != first
     power = 2
     for function in (lambda u: u**2, lambda u: u**power, functools.partial(torch.pow, exponent=2)):
         kernel = InfiniteNTK(MLP(2, 1, 4, lambda f=function: Pointwise(f)))

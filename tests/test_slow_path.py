@@ -1,4 +1,7 @@
-"""Networks that torch.func cannot transform have the kernel of plain autograd; those without a kernel are refused."""
+"""Networks that torch.func cannot transform have the kernel of plain autograd; those without a kernel are refused.
+
+Longer than 300 lines, since it is one table of networks and what is asked of each.
+"""
 
 from __future__ import annotations
 
