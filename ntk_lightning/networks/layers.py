@@ -88,7 +88,11 @@ class NTKLinear(_NTKLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
         self._check_input(x, -1, "in_features")
-        return F.linear(x, *self._scaled())
+        if not x.is_floating_point() or x.numel() > self.weight.numel():
+            return F.linear(x, *self._scaled())
+        # (s x) W^T instead of x (s W)^T: a wide weight is not read and written once more for a few samples
+        bias = None if self.bias is None else self.bias_std * self.bias
+        return F.linear(x * (self.weight_std / math.sqrt(self.fan_in)), self.weight, bias)
 
     def extra_repr(self) -> str:
         """Sizes and scales, for printing."""
