@@ -24,7 +24,7 @@ from ntk_lightning.kernels.empirical.layer_rules import AffineLayer, Convolution
 
 __all__ = ["cotangents_of", "factors_of", "ids_of", "patch_entries", "patches_of", "samples_at_once", "write_gradients"]
 
-_PATCH_BYTES = {"cpu": 2**22, "cuda": 2**28}  # on a CPU they are multiplied while they are in its cache
+_PATCH_BYTES = {"cpu": 2**20, "cuda": 2**28}  # on a CPU they are multiplied while they are in its cache
 
 
 def cotangents_of(layer: AffineLayer, g: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def cotangents_of(layer: AffineLayer, g: Tensor) -> Tensor:
     n, c = g.shape[:2]
     shape = (layer.d_out, layer.positions)
     g = g.reshape(n, c, *shape) if layer.convolves else g.reshape(n, c, *shape[::-1]).mT
-    return g if layer.unit is None else torch.einsum("co,ncop->nop", layer.unit, g)[:, None]
+    return g if layer.unit is None else (g * layer.unit[..., None]).sum(1, keepdim=True)
 
 
 def factors_of(layer: AffineLayer, a: Tensor, g: Tensor, full: bool) -> tuple[Tensor, Tensor]:
@@ -94,8 +94,9 @@ def write_gradients(
     if weight is None:
         return
     few, scale = samples_at_once(layer, a), layer.weight or 0.0
+    space = _space_for_rows(layer, a[:few])
     for i in range(0, len(a), few):
-        for patches, whole in zip(patches_of(layer, a[i : i + few]), weight, strict=True):
+        for patches, whole in zip(patches_of(layer, a[i : i + few], space), weight, strict=True):
             out, cotangents = whole[i : i + few], g[i : i + few]
             if out.dtype == g.dtype:
                 torch.baddbmm(out, cotangents, patches, beta=0, alpha=scale, out=out)
@@ -116,39 +117,91 @@ def patch_entries(layer: AffineLayer) -> int:
     return layer.positions * layer.d_in // layer.blocks  # and what the padding adds
 
 
-def patches_of(layer: AffineLayer, a: Tensor) -> list[Tensor]:
-    """What the layer multiplies with its weight at every position, in blocks (n, T, d_in / blocks)."""
+def patches_of(layer: AffineLayer, a: Tensor, space: Tensor | None = None) -> list[Tensor]:
+    """What the layer multiplies with its weight at every position.
+
+    Args:
+        layer: The layer.
+        a: Its inputs, (n, ...).
+        space: Of ``_space_for_rows``, to be used again.
+
+    Returns:
+        For each block of inputs (n, T, d_in / blocks).
+    """
     if not isinstance(layer.module, Convolution):
         return [a.reshape(len(a), -1, layer.d_in)]
     conv, (height, width) = layer.module, layer.filter
-    a = _padded(conv, a.reshape(len(a), *layer.input_shape[1:]))
-    if a.dim() == 3:  # a sequence is an image of one row
-        a = a[:, :, None]
+    a = _image(a.reshape(len(a), *layer.input_shape[1:]))
     dilation = _pair(getattr(conv, "dilation", 1))
     if not layer.shifts:
+        a = _padded(conv, a)
         return [F.unfold(a, (height, width), stride=_pair(conv.stride), dilation=dilation).mT]
-    across = a.shape[-1] - dilation[1] * (width - 1)  # W'
-    unfolded = [a[..., dilation[1] * j : dilation[1] * j + across] for j in range(width)]
-    columns = (torch.cat(unfolded, 1) if width > 1 else a).flatten(2)  # (n, k_w channels, H_padded W')
+    if width == 1:
+        columns = _padded(conv, a)
+    else:
+        space = _space_for_rows(layer, a) if space is None else space
+        assert space is not None
+        columns = _unfolded(layer, a if conv.padding_mode == "zeros" else _padded(conv, a), space[: len(a)])
+    across = columns.shape[-1]  # W'
+    columns = columns.flatten(2)  # (n, k_w channels, H_padded W')
     starts = [dilation[0] * across * i for i in range(height)]
     return [columns[..., start : start + layer.positions].mT for start in starts]
 
 
-def _padded(conv: Convolution, a: Tensor) -> Tensor:
-    """The input with the pixels that the convolution adds around it."""
-    around: list[int] = []
+def _space_for_rows(layer: AffineLayer, a: Tensor) -> Tensor | None:
+    """Zeros for the inputs of a convolution unfolded along the rows, (n, k_w, channels, H_padded, W')."""
+    if not isinstance(layer.module, Convolution) or not layer.shifts or layer.filter[1] == 1:
+        return None
+    height, width = ([1, *layer.input_shape[2:]])[-2:]
+    (top, bottom), (left, right) = _margins(layer.module)
+    across = width + left + right - _pair(getattr(layer.module, "dilation", 1))[1] * (layer.filter[1] - 1)
+    return a.new_zeros(len(a), layer.filter[1], layer.input_shape[1], height + top + bottom, across)
+
+
+def _unfolded(layer: AffineLayer, a: Tensor, space: Tensor) -> Tensor:
+    """Write images (n, channels, H, W), shifted by each pixel of a row of the filter, between the zeros of a space."""
+    conv = layer.module
+    assert isinstance(conv, Convolution)
+    (top, _), (left, _) = _margins(conv) if conv.padding_mode == "zeros" else ((0, 0), (0, 0))
+    across, inner = space.shape[-1], slice(top, top + a.shape[-2])
+    for j in range(layer.filter[1]):
+        shift = _pair(getattr(conv, "dilation", 1))[1] * j - left  # column x of the space is column x + shift of a
+        low, high = max(0, -shift), min(across, a.shape[-1] - shift)
+        space[:, j, :, inner, low:high] = a[..., low + shift : high + shift]
+    return space.flatten(1, 2)
+
+
+def _image(a: Tensor) -> Tensor:
+    """A sequence is an image of one row."""
+    return a[:, :, None] if a.dim() == 3 else a
+
+
+def _margins(conv: Convolution) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Pixels that the convolution adds above and below the image, and on its left and right."""
+    around: list[tuple[int, int]] = []
     if isinstance(conv, nn.Conv1d | nn.Conv2d):
-        for axis in range(len(conv.kernel_size) - 1, -1, -1):
+        for axis, (size, dilation) in enumerate(zip(conv.kernel_size, conv.dilation, strict=True)):
             if conv.padding == "same":  # an even filter has one pixel more behind
-                total = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
-                around += [total // 2, total - total // 2]
+                total = dilation * (size - 1)
+                around.append((total // 2, total - total // 2))
             else:
-                around += [0 if isinstance(conv.padding, str) else int(conv.padding[axis])] * 2
+                pixels = 0 if isinstance(conv.padding, str) else int(conv.padding[axis])
+                around.append((pixels, pixels))
     else:
-        around = [pad for pad in reversed(conv.pads) for _ in range(2)]
+        around = [(pixels, pixels) for pixels in conv.pads]
+    return ((0, 0), around[0]) if len(around) == 1 else (around[0], around[1])
+
+
+def _padded(conv: Convolution, a: Tensor) -> Tensor:
+    """The images with the pixels that the convolution adds around them."""
+    around = [pixels for pair in reversed(_margins(conv)) for pixels in pair]
     if not any(around):
         return a
-    return F.pad(a, around, mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode)
+    if conv.padding_mode == "zeros":
+        return F.pad(a, around)
+    if a.shape[-2] == 1 and not any(around[2:]):  # along a row only
+        return F.pad(a[:, :, 0], around[:2], mode=conv.padding_mode)[:, :, None]
+    return F.pad(a, around, mode=conv.padding_mode)
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:

@@ -134,11 +134,10 @@ def candidates(function: NetworkFunction) -> dict[str, AffineLayer]:
 def _has_rule(module: nn.Module) -> bool:
     """Whether it is affine at every position, by its type."""
     if type(module) is nn.Embedding:
-        return (
-            module.max_norm is None and module.scale_grad_by_freq is False
-        )  # else its forward pass changes the weight
+        scaled: bool = module.scale_grad_by_freq
+        return not scaled and module.max_norm is None  # else its forward pass changes the weight, or mixes samples
     if type(module) in (nn.Conv1d, nn.Conv2d):
-        return module.groups == 1
+        return bool(module.groups == 1)
     return type(module) in (nn.Linear, NTKLinear, NTKConv1d, NTKConv2d)
 
 

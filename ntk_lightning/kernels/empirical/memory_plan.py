@@ -158,9 +158,9 @@ def _divide_kept(budget: int, rows: Rows, x: Inputs, others: int, half: bool) ->
         return None
 
     def spare(kept: int, pairs: int) -> int:
-        """Bytes left for products; what makes the rows is gone before they are multiplied."""
-        left = available - kept * row - pairs * pair
-        return left if left >= max(work, rows.least_scratch(kept)) else 0
+        """Bytes left for products, beside what allocators may keep of the memory in which the rows were made."""
+        left = available - kept * row - pairs * pair - work
+        return left if left >= rows.least_scratch(kept) else 0
 
     if scratch := spare(n + others, (n + others) * n):
         return Plan(chunk, n, n, scratch, together=True)
