@@ -92,7 +92,7 @@ class GradientRows(Rows):
     def layer_by_layer(self) -> Rows | None:
         """Rows of the same gradients that keep layers' inputs and cotangents, if there are any that hold less so."""
         rows = self._make(keep=True)
-        rows.measured = self.measured
+        rows.measured, rows.kept = self.measured, self.kept
         return rows if rows.keeps else None
 
     def fill(self, out: Tensor, x: Inputs) -> None:

@@ -120,14 +120,16 @@ def by_kept(
     same = a[0].data_ptr() == b[0].data_ptr() and len(a[0]) >= len(b[0])
     dtype = torch.promote_types(a[0].dtype, torch.float32)
     c = a[1].shape[1] // (layer.d_out * layer.positions)
-    item, rows = a[0].new_empty(0, dtype=dtype).element_size(), len(a[0]) + (0 if same else len(b[0]))
-    slices = -(-layer.d_out // max(1, scratch // (rows * c * layer.num_inputs * item)))
+    like = a[0].new_empty(0, dtype=dtype)
+    item, rows = like.element_size(), len(a[0]) + (0 if same else len(b[0]))
+    slices = -(-layer.d_out // max(1, (scratch - scratch // 4) // (rows * c * layer.num_inputs * item)))
     channels = -(-layer.d_out // slices)
+    few = max(1, min(samples_at_once(layer, like), scratch // 4 // _sample_bytes(layer, c, item)))
     total = torch.zeros(len(a[0]), len(b[0]), *groups, dtype=dtype, device=a[0].device)
     for start in range(0, layer.d_out, channels):
         of_channels = slice(start, min(start + channels, layer.d_out))
-        formed = _form(layer, *a, c, of_channels, dtype)
-        others = [g[: len(b[0])] for g in formed] if same else _form(layer, *b, c, of_channels, dtype)
+        formed = _form(layer, *a, c, of_channels, few, dtype)
+        others = [g[: len(b[0])] for g in formed] if same else _form(layer, *b, c, of_channels, few, dtype)
         for left, right in zip(formed, others, strict=True):
             left, right = (_vectors(g.flatten(1), k) for g, k in zip((left, right), groups, strict=True))
             if same:
@@ -143,9 +145,9 @@ def by_kept(
 
 
 def _form(
-    layer: AffineLayer, inputs: Tensor, cotangents: Tensor, c: int, channels: slice, dtype: torch.dtype
+    layer: AffineLayer, inputs: Tensor, cotangents: Tensor, c: int, channels: slice, few: int, dtype: torch.dtype
 ) -> list[Tensor]:
-    """Gradients of some output channels for all cotangents: (n, C d, d_in / blocks) for each block, and of the bias."""
+    """Gradients of d channels for C cotangents: (n, C d, d_in / blocks) for each block, and (n, C d) of the bias."""
     n, d = len(inputs), channels.stop - channels.start
     g = cotangents.unflatten(1, (c, layer.d_out, layer.positions))[:, :, channels]
     a = inputs.unflatten(1, layer.input_shape[1:])
@@ -154,7 +156,7 @@ def _form(
         shape = (layer.blocks, n, c * d, layer.d_in // layer.blocks)
         weight = list(torch.empty(shape, dtype=dtype, device=a.device))
     bias = torch.empty(n, c * d, dtype=dtype, device=a.device) if layer.bias is not None else None
-    for i in range(0, n, few := samples_at_once(layer, a)):
+    for i in range(0, n, few):
         part = slice(i, i + few)
         write_gradients(
             layer,
@@ -166,13 +168,16 @@ def _form(
     return [*(weight or []), *([] if bias is None else [bias])]
 
 
-def least_kept_bytes(layer: AffineLayer, num_cotangents: int, item: int, device: torch.device) -> tuple[int, int]:
-    """Bytes that ``by_kept`` needs for one row of slices that are not too thin; and for patches, however many rows."""
+def least_kept_bytes(layer: AffineLayer, num_cotangents: int, item: int, n: int) -> int:
+    """Bytes that ``by_kept`` needs for n rows, for slices that are not too thin."""
     c, channels = layer.count(num_cotangents), -(-layer.d_out // _KEPT_SLICES)
-    few = samples_at_once(layer, torch.empty(0, device=device))
-    inputs, cotangents = layer.kept(num_cotangents)
-    # twice for what padding adds and for the padded input itself
-    return c * channels * layer.num_inputs * item, few * item * (2 * patch_entries(layer) + 2 * inputs + cotangents)
+    return max(4 * _sample_bytes(layer, c, item), n * c * channels * layer.num_inputs * item * 4 // 3 + 1)
+
+
+def _sample_bytes(layer: AffineLayer, c: int, item: int) -> int:
+    """Bytes of what is made of one sample before its gradient: the padded input, the patches, the cotangents."""
+    inputs, cotangents = layer.kept(1)
+    return item * (2 * inputs + 2 * patch_entries(layer) + c * cotangents)  # twice for what the padding adds
 
 
 def _add_triangle(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -157,8 +157,7 @@ class Rows(ABC):
             if self.ways[name] == "factors" and (layer.positions > 1 or layer.embeds):
                 least.append(3 * item * (layer.positions * self.groups) ** 2)
             elif self.ways[name] == "kept":
-                row, patches = least_kept_bytes(layer, len(self.cotangents), item, self.cotangents.device)
-                least.append(n * row + patches)
+                least.append(least_kept_bytes(layer, len(self.cotangents), item, n))
         return max(least)
 
     def contract(self, a: Tensor, b: Tensor, pairs: Pairs = "all") -> list[Tensor]:
