@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from ntk_lightning.datamodules.batches import BatchLoader, Shuffled
+from ntk_lightning.datamodules.image_size import average_pool, check_image_size
 from ntk_lightning.datamodules.normalization import as_loaded, normalization
 from ntk_lightning.datamodules.samples import Batch, Samples, has_set, samples_of
 from ntk_lightning.objective import check_labels
@@ -46,11 +48,16 @@ class ImageDataModule(LightningDataModule, ABC):
         eval_batch_size: Samples a validation or test step.
         transform: Any callable on a batch of training images (b, C, H, W), such as a torchvision v2 transform.
         normalize: False leaves the images as they were loaded, in float32; whole numbers other than uint8 stay whole.
+        image_size: Average the images over squares of pixels to this height and width, a divisor of theirs, before
+            anything else: the statistics of the normalization are those of the smaller images, so that the result is
+            the same as that of a data set which had them from the start.
 
     Raises:
         TypeError: A size is not a whole number.
-        ValueError: A size is out of range.
+        ValueError: A size is out of range, or ``image_size`` does not divide that of the images.
     """
+
+    side: ClassVar[int | None] = None  # height and width of a data set's images, where all have the same
 
     def __init__(
         self,
@@ -64,6 +71,7 @@ class ImageDataModule(LightningDataModule, ABC):
         eval_batch_size: int = 500,
         transform: Callable[[Tensor], Tensor] | None = None,
         normalize: bool = True,
+        image_size: int | None = None,
     ) -> None:
         super().__init__()
         self.n_train, self.n_test, self.n_val = n_train, n_test, n_val
@@ -77,11 +85,14 @@ class ImageDataModule(LightningDataModule, ABC):
             ("n_statistics", n_statistics, 1),
             ("batch_size", batch_size, 1),
             ("eval_batch_size", eval_batch_size, 1),
+            ("image_size", image_size, 1),
         ):
             check_size(name, value, least)
+        if self.side is not None:
+            check_image_size(image_size, (1, self.side, self.side))
         self.n_fresh = n_train if fresh is True else int(fresh)
         self.subset_seed, self.batch_size, self.eval_batch_size = subset_seed, batch_size, eval_batch_size
-        self.transform, self.normalize = transform, normalize
+        self.transform, self.normalize, self.image_size = transform, normalize, image_size
         self.train_set: Samples | None = None
         self.test_set: Samples | None = None
         self.val_set: Samples | None = None
@@ -99,14 +110,15 @@ class ImageDataModule(LightningDataModule, ABC):
         """
 
     def setup(self, stage: str | None = None) -> None:
-        """Draw the subsets and normalize them; the second call does nothing.
+        """Draw the subsets, average their images to ``image_size`` and normalize them; the second call does nothing.
 
         Args:
             stage: Ignored: every stage needs the training subset's statistics.
 
         Raises:
             ValueError: More samples are asked for than there are, the training pool has one class only, the two pools
-                have images of different shapes, a label is not -1 or +1, or an image is not finite.
+                have images of different shapes, a label is not -1 or +1, an image is not finite, or ``image_size`` does
+                not divide the images' side.
         """
         if self.train_set is not None:
             return
@@ -116,6 +128,7 @@ class ImageDataModule(LightningDataModule, ABC):
             raise ValueError(
                 f"Training images of shape {shape} and test images of shape {other}: both must be (C, H, W), the same."
             )
+        check_image_size(self.image_size, shape)
         needed = self.n_train + self.n_val + self.n_fresh
         for name, asked, have in (
             ("n_train + n_val + fresh", needed, len(pool)),
@@ -130,11 +143,12 @@ class ImageDataModule(LightningDataModule, ABC):
                 f"{pool.y[0].item():g}: give samples of both classes."
             )
         order = _permutation(self.subset_seed, len(pool))
-        prepare = normalization(_take(pool, order[: self.n_statistics]).x) if self.normalize else as_loaded
+        first = average_pool(_take(pool, order[: self.n_statistics]).x, self.image_size)
+        prepare = normalization(first) if self.normalize else as_loaded
 
         def take(samples: Samples, index: Tensor) -> Samples:
             taken = _take(samples, index)
-            x = prepare(taken.x)
+            x = prepare(average_pool(taken.x, self.image_size))
             if not torch.isfinite(x).all():
                 raise ValueError("An image has a pixel that float32 cannot hold: scale the data.")
             return replace(taken, x=x)

@@ -33,6 +33,8 @@ class CIFAR10Binary(ImageDataModule):
         ValueError: The classes are not two different numbers from 0 to 9, or a file is damaged.
     """
 
+    side = 32
+
     def __init__(self, path: str | None = None, classes: tuple[int, int] = (5, 7), **kwargs: Any) -> None:  # noqa: ANN401 - passed on
         super().__init__(**kwargs)
         check_classes(classes)

@@ -26,6 +26,8 @@ class FashionMNISTBinary(ImageDataModule):
         torch.Size([8, 1, 32, 32])
     """
 
+    side = 32
+
     def load(self, train: bool) -> Samples:
         """Read the embedded pool (see the base class)."""
         split = "train" if train else "test"
