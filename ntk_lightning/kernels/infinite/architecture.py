@@ -121,12 +121,14 @@ def _translate(module: nn.Module | None, path: str, owners: dict[int, str]) -> l
         case nn.Sequential():
             children = module._modules.items()  # unlike named_children(), with every use of a module
             return [layer for name, child in children for layer in _translate(child, f"{path}.{name}", owners)]
-        case NTKLinear():
+        case NTKLinear(parameterization="ntk"):
             fans = module.in_features, module.out_features
             return [Linear(module.weight_std, module.bias_std, path=path, fan_in=fans[0], fan_out=fans[1])]
-        case NTKConv2d():
-            numbers = module.kernel_size, module.pad, module.stride, module.weight_std, module.bias_std
-            return [Conv(*numbers, path=path, fan_in=module.in_channels, fan_out=module.out_channels)]
+        case NTKConv2d(
+            kernel_size=int(size), pad=int(pad), stride=int(stride), padding_mode="zeros", parameterization="ntk"
+        ):
+            scales, fans = (module.weight_std, module.bias_std), (module.in_channels, module.out_channels)
+            return [Conv(size, pad, stride, *scales, path=path, fan_in=fans[0], fan_out=fans[1])]
         case nn.Module() if activation := read_activation(module):
             return [activation]
         case nn.Identity():
