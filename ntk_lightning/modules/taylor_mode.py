@@ -105,12 +105,13 @@ def _piecewise_linear(module: nn.Module, a: Polynomial) -> Polynomial:
 
 def _pointwise(module: nn.Module, a: Polynomial, order: int) -> Polynomial:
     """Sum the series z = s(a_0) + sum_i s^(i)(a_0) / i! u^i with u = a_1 t + a_2 t^2 + ..."""
-    with torch.no_grad():  # a_0 is the network at w0, whatever d is
-        derivatives = nested_derivatives(lambda w: module(w[""]), {"": a[0]}, {"": torch.ones_like(a[0])}, order)
-    z, u = {0: derivatives[0]}, {j: coefficient for j, coefficient in a.items() if j}
+    constant = a[0].detach().requires_grad_()  # the network at w0, whatever d is
+    derivative = module(constant)
+    z, u = {0: derivative.detach()}, {j: coefficient for j, coefficient in a.items() if j}
     power = u
-    for i in range(1, order + 1):
-        c = derivatives[i] / math.factorial(i)
+    for i in range(1, order + 1):  # the function's derivative at every entry is the gradient of the sum
+        derivative = torch.autograd.grad(derivative.sum(), constant, create_graph=i < order)[0]
+        c = derivative.detach() / math.factorial(i)
         z = _sum(z, {j: c * coefficient for j, coefficient in power.items()})
         power = _product(power, u, order)
     return z
