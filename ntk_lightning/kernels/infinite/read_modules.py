@@ -134,7 +134,10 @@ def _flatten(module: Any, _: str) -> Flatten | None:  # noqa: ANN401
 _Reader = Callable[[Any, str], Operation | tuple[()] | None]  # () of what changes nothing, None without closed form
 _READERS: dict[type[nn.Module], tuple[str, _Reader]] = {
     networks.NTKLinear: ("NTKLinear", _linear),
+    networks.NTKConv1d: ("NTKConv1d", _conv),
     networks.NTKConv2d: ("NTKConv2d", _conv),
+    networks.SelfAttention: ("SelfAttention", _attention),
+    networks.ChannelNorm: ("ChannelNorm", lambda module, path: Norm(module.eps, path=path)),
     nn.Linear: ("nn.Linear", _linear),
     nn.Conv1d: ("nn.Conv1d", _conv),
     nn.Conv2d: ("nn.Conv2d without groups and dilation", _conv),
@@ -148,13 +151,6 @@ _READERS: dict[type[nn.Module], tuple[str, _Reader]] = {
     nn.LayerNorm: ("nn.LayerNorm", _norm),
     nn.GroupNorm: ("nn.GroupNorm(1, channels)", _norm),
 }
-for _name, _reader in (
-    ("NTKConv1d", _conv),
-    ("SelfAttention", _attention),
-    ("ChannelNorm", lambda module, path: Norm(module.eps, path=path)),
-):
-    if hasattr(networks, _name):
-        _READERS[getattr(networks, _name)] = (_name, _reader)
 
 
 def supported() -> str:
