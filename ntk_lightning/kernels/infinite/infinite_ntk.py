@@ -130,7 +130,7 @@ class InfiniteNTK:
         backend, x = self.backend_for(x), self._prepared(x)
         with own_precision(x.device.type):
             diagonal: Tensor = (
-                torch.cat([self._reference_gram(sample, None, lambda _: None)[0] for sample in x.split(1)])
+                self._reference_diagonal(x)
                 if backend == "reference"
                 else _compiled(backend).diag(self.layers, self.kind, x)
             )
@@ -198,6 +198,12 @@ class InfiniteNTK:
         """Inputs in the kernel's precision; as vectors where the network starts so, which costs the reference less."""
         return (x.flatten(1) if isinstance(self.layers[0], Flatten) else x).to(at_least_float32(x.dtype))
 
+    def _reference_diagonal(self, x: Tensor) -> Tensor:
+        network, device = reference.Network.of(self.layers, x), "cpu" if x.device.type == "mps" else x.device
+        side = max(1, _REFERENCE_BLOCK_BYTES // (network.entries() * torch.float64.itemsize))
+        blocks = (block.to(device, torch.float64) for block in x.split(side))
+        return torch.cat([reference.diagonal(network, block)[self.kind == "ntk"] for block in blocks]).to(x)
+
     def _reference_gram(self, x1: Tensor, x2: Tensor | None, advance: Callable[[float], None]) -> Tensor:
         symmetric, x2 = x2 is None, x1 if x2 is None else x2
         device, out = "cpu" if x1.device.type == "mps" else x1.device, x1.new_empty(len(x1), len(x2))  # MPS: no float64
@@ -205,12 +211,13 @@ class InfiniteNTK:
         side = max(1, int((_REFERENCE_BLOCK_BYTES / (network.entries() * torch.float64.itemsize)) ** 0.5))
         rows = [block.to(device, torch.float64) for block in x1.split(side)]
         columns = rows if symmetric else [block.to(device, torch.float64) for block in x2.split(side)]
+        same = symmetric or (x1.shape == x2.shape and torch.equal(x1, x2))
         own1 = [reference.variances(network, block) for block in rows]
         own2 = own1 if symmetric else [reference.variances(network, block) for block in columns]
         for i, left in enumerate(rows):
             for j, right in enumerate(columns[i:] if symmetric else columns, i if symmetric else 0):
-                kernels = reference.pairs(network, left, right, own1[i], own2[j], ntk=self.kind == "ntk")
-                block = kernels[self.kind == "ntk"]
+                ntk = self.kind == "ntk"
+                block = reference.pairs(network, left, right, own1[i], own2[j], ntk=ntk, same=same and i == j)[ntk]
                 places = slice(i * side, i * side + len(left)), slice(j * side, j * side + len(right))
                 if symmetric and i == j:
                     block = block.triu() + block.triu(1).T  # its two halves differ by rounding

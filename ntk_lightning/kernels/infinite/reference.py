@@ -51,7 +51,7 @@ from ntk_lightning.kernels.infinite.architecture import (
 from ntk_lightning.kernels.infinite.linear_maps import attend, average_over_window, axes_of, equal_pixels, pool
 from ntk_lightning.kernels.infinite.shapes import Size, follow
 
-__all__ = ["Network", "Variances", "dual_activation", "gram", "pairs", "variances"]
+__all__ = ["Network", "Variances", "diagonal", "dual_activation", "gram", "pairs", "variances"]
 
 
 class Network(NamedTuple):
@@ -135,6 +135,22 @@ def gram(layers: Sequence[Layer], x1: Tensor, x2: Tensor) -> tuple[Tensor, Tenso
     return pairs(network, x1, x2, own1, own1 if x1 is x2 else variances(network, x2))
 
 
+def diagonal(network: Network, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute both kernels of every input with itself; memory grows with n * (H * W)^2.
+
+    Args:
+        network: On such inputs.
+        x: Inputs (n, ...).
+
+    Returns:
+        NNGP and NTK, each (n,).
+    """
+    own: Variances = {}
+    block = _Block(network, own, own, alone=True, same=True, ntk=True)
+    out = block.run(_Fields(_own_covariance(x, network.full[0])))
+    return out.nngp, torch.zeros_like(out.nngp) if out.ntk is None else out.ntk
+
+
 def variances(network: Network, x: Tensor) -> Variances:
     """Compute what pairs need of each input alone; memory grows with n * (H * W)^2.
 
@@ -153,7 +169,14 @@ def variances(network: Network, x: Tensor) -> Variances:
 
 
 def pairs(
-    network: Network, x1: Tensor, x2: Tensor, own1: Variances, own2: Variances, *, ntk: bool = True
+    network: Network,
+    x1: Tensor,
+    x2: Tensor,
+    own1: Variances,
+    own2: Variances,
+    *,
+    ntk: bool = True,
+    same: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute both kernels of all pairs, given what they need of each input alone.
 
@@ -164,6 +187,7 @@ def pairs(
         own1: Of x1, from :func:`variances`.
         own2: Of x2.
         ntk: Whether the NTK is asked for; without, it is 0.
+        same: Whether the i-th inputs of both are one sample, which has one mask of dropout; by default if x2 is x1.
 
     Returns:
         NNGP and NTK, each (n1, n2).
@@ -172,7 +196,7 @@ def pairs(
     if x1 is x2:
         own = _own_covariance(x1, network.full[0])
         nngp.diagonal().copy_(own.movedim(0, -1))  # equal to the last bit, so that correlations are one
-    block = _Block(network, own1, own2, alone=False, same=x1 is x2, ntk=ntk)
+    block = _Block(network, own1, own2, alone=False, same=x1 is x2 if same is None else same, ntk=ntk)
     out = block.run(_Fields(nngp, None, near))
     return out.nngp, torch.zeros_like(out.nngp) if out.ntk is None else out.ntk
 
