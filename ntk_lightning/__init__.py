@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         Pointwise,
         Residual,
         SelfAttention,
+        ntk_parameterize,
     )
     from ntk_lightning.optim import OptimizerConfig, critical_learning_rate
     from ntk_lightning.scaling import (
@@ -161,6 +162,7 @@ __all__ = [
     "log_marginal_likelihood",
     "nngp_posterior",
     "ntk_ensemble",
+    "ntk_parameterize",
     "predict_learning_curve",
     "read_config",
     "read_results",

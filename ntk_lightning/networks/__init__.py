@@ -4,6 +4,7 @@ from ntk_lightning.networks.architectures import MLP, FiveLayerCNN, MyrtleCNN
 from ntk_lightning.networks.attention import SelfAttention
 from ntk_lightning.networks.convolutions import NTKConv1d, NTKConv2d
 from ntk_lightning.networks.layers import ChannelNorm, NTKLinear, Residual
+from ntk_lightning.networks.parameterize import ntk_parameterize
 from ntk_lightning.networks.pointwise import Erf, Pointwise
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "Pointwise",
     "Residual",
     "SelfAttention",
+    "ntk_parameterize",
 ]
