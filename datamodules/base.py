@@ -12,6 +12,7 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 
+from ntk_lightning.datamodules.balanced import interleave
 from ntk_lightning.datamodules.batches import BatchLoader, Shuffled
 from ntk_lightning.datamodules.image_size import average_pool, check_image_size
 from ntk_lightning.datamodules.normalization import as_loaded, normalization
@@ -51,6 +52,9 @@ class ImageDataModule(LightningDataModule, ABC):
         image_size: Average the images over squares of pixels to this height and width, a divisor of theirs, before
             anything else: the statistics of the normalization are those of the smaller images, so that the result is
             the same as that of a data set which had them from the start.
+        balanced: Order the pool so that the first n images have both labels equally often for every even n, and every
+            class of a label as often as the others (where ``load`` tells classes). Training, validation and fresh
+            samples are then of twice the rarer label's number; the test set is what it is.
 
     Raises:
         TypeError: A size is not a whole number.
@@ -72,6 +76,7 @@ class ImageDataModule(LightningDataModule, ABC):
         transform: Callable[[Tensor], Tensor] | None = None,
         normalize: bool = True,
         image_size: int | None = None,
+        balanced: bool = False,
     ) -> None:
         super().__init__()
         self.n_train, self.n_test, self.n_val = n_train, n_test, n_val
@@ -92,7 +97,7 @@ class ImageDataModule(LightningDataModule, ABC):
             check_image_size(image_size, (1, self.side, self.side))
         self.n_fresh = n_train if fresh is True else int(fresh)
         self.subset_seed, self.batch_size, self.eval_batch_size = subset_seed, batch_size, eval_batch_size
-        self.transform, self.normalize, self.image_size = transform, normalize, image_size
+        self.transform, self.normalize, self.image_size, self.balanced = transform, normalize, image_size, balanced
         self.train_set: Samples | None = None
         self.test_set: Samples | None = None
         self.val_set: Samples | None = None
@@ -106,7 +111,8 @@ class ImageDataModule(LightningDataModule, ABC):
             train: The training pool, or else the test pool.
 
         Returns:
-            Images (N, C, H, W), float or uint8, and labels (N,) in {-1, +1}, in an order that never changes.
+            Images (N, C, H, W), float or uint8, and labels (N,) in {-1, +1}, in an order that never changes; where a
+            label stands for several classes, their numbers (N,) too.
         """
 
     def setup(self, stage: str | None = None) -> None:
@@ -129,20 +135,20 @@ class ImageDataModule(LightningDataModule, ABC):
                 f"Training images of shape {shape} and test images of shape {other}: both must be (C, H, W), the same."
             )
         check_image_size(self.image_size, shape)
-        needed = self.n_train + self.n_val + self.n_fresh
-        for name, asked, have in (
-            ("n_train + n_val + fresh", needed, len(pool)),
-            ("n_statistics", self.n_statistics, len(pool)),
-            ("n_test", self.n_test, len(test)),
-        ):
-            if asked > have:
-                raise ValueError(f"{name} = {asked}, but {type(self).__name__} has {have} such samples: ask for fewer.")
         if (pool.y == pool.y[0]).all():
             raise ValueError(
                 f"All {len(pool)} samples of the training pool of {type(self).__name__} have the label "
                 f"{pool.y[0].item():g}: give samples of both classes."
             )
-        order = _permutation(self.subset_seed, len(pool))
+        order, usable = self._order(pool)
+        needed = self.n_train + self.n_val + self.n_fresh
+        for name, asked, have in (
+            ("n_train + n_val + fresh" + " of balanced subsets" * self.balanced, needed, usable),
+            ("n_statistics", self.n_statistics, len(pool)),
+            ("n_test", self.n_test, len(test)),
+        ):
+            if asked > have:
+                raise ValueError(f"{name} = {asked}, but {type(self).__name__} has {have} such samples: ask for fewer.")
         first = average_pool(_take(pool, order[: self.n_statistics]).x, self.image_size)
         prepare = normalization(first) if self.normalize else as_loaded
 
@@ -153,9 +159,9 @@ class ImageDataModule(LightningDataModule, ABC):
                 raise ValueError("An image has a pixel that float32 cannot hold: scale the data.")
             return replace(taken, x=x)
 
-        ends = len(order) - self.n_val
+        ends = usable - self.n_val
         self.test_set = take(test, _permutation(0, len(test))[: self.n_test])
-        self.val_set = take(pool, order[ends:].flip(0)) if self.n_val else None
+        self.val_set = take(pool, order[ends:usable].flip(0)) if self.n_val else None
         self.fresh_set = take(pool, order[ends - self.n_fresh : ends].flip(0)) if self.n_fresh else None
         self.train_set = take(pool, order[: self.n_train])
 
@@ -199,6 +205,16 @@ class ImageDataModule(LightningDataModule, ABC):
     def predict_dataloader(self) -> BatchLoader:
         """Make the loader of the test set, for predictions."""
         return self.test_dataloader()
+
+    def _order(self, pool: Samples) -> tuple[Tensor, int]:
+        """Order the pool (N,), and count the samples at the beginning that subsets are taken from."""
+        order = _permutation(self.subset_seed, len(pool))
+        if not self.balanced:
+            return order, len(order)
+        check_labels(pool.y.float())
+        for strata in (pool.classes, pool.y):  # labels last: every pair has both, and the classes of each take turns
+            order = order if strata is None else interleave(order, strata)
+        return order, 2 * min(int((pool.y == label).sum()) for label in (-1, 1))
 
     def _in_order(self, samples: Samples) -> BatchLoader:
         return self._loader(samples, torch.split(torch.arange(len(samples)), self.eval_batch_size))
