@@ -143,7 +143,9 @@ class ImageDataModule(LightningDataModule, ABC):
                 f"{pool.y[0].item():g}: give samples of both classes."
             )
         order = _permutation(self.subset_seed, len(pool))
-        first = average_pool(_take(pool, order[: self.n_statistics]).x, self.image_size)
+        # of the whole pool in its own order, so that sums round alike for every seed, whose subsets then share kernels
+        counted = torch.arange(len(pool)) if self.n_statistics == len(pool) else order[: self.n_statistics]
+        first = average_pool(_take(pool, counted).x, self.image_size)
         prepare = normalization(first) if self.normalize else as_loaded
 
         def take(samples: Samples, index: Tensor) -> Samples:
