@@ -215,10 +215,12 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def _preparation(self, pool: Samples, order: Tensor) -> Callable[[Tensor], Tensor]:
         """Make the function that normalizes and whitens averaged images."""
-        normalize = normalization(self._take(pool, order[: self.n_statistics]).x) if self.normalize else as_loaded
+        # of the whole pool in its own order, so that sums round alike for every seed, whose subsets then share kernels
+        whole = torch.arange(len(pool))
+        counted = whole if self.n_statistics == len(pool) else order[: self.n_statistics]
+        normalize = normalization(self._take(pool, counted).x) if self.normalize else as_loaded
         if self.zca is None:
             return normalize
-        whole = torch.arange(len(pool))
         whiten = zca_whitening(lambda rows: normalize(self._take(pool, whole[rows]).x), len(pool), self.zca)
         return lambda images: whiten(normalize(images))
 
