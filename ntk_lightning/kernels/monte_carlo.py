@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -95,13 +96,24 @@ def monte_carlo(
         raise TypeError("The network has complex parameters: use EmpiricalNTK of several networks.")
     check_modes(net, dropout=False)
     dtype = at_least_float32(x1.dtype)
-    with torch.inference_mode(False), torch.no_grad(), own_precision(x1.device.type):
+    with torch.inference_mode(False), torch.no_grad(), own_precision(x1.device.type), _seeded(x1.device, numbers[0]):
         x1, x2 = usable(x1, dtype), None if x2 is None else usable(x2, dtype)
         # weights are drawn on the CPU, whose generator gives the same on every machine
         made = widened(copy_network(net).to("cpu", dtype), x1[:1].cpu(), width_factor)
         kernels = torch.cat(list(_Ensemble(made, x1, x2, kind == "ntk", budget).kernels(numbers)))  # (S, n1, n2)
     check_finite(kernels, "check the scales of the network's layers, or compute in float64", "kernel of seed", sides=1)
     return kernels.mean(0), kernels.std(0) / math.sqrt(len(numbers))
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """The same masks of dropout at every call, and torch's generators as they were after it."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def _check_seeds(seeds: object) -> list[int]:
@@ -138,7 +150,7 @@ class _Ensemble:
 
     def kernels(self, seeds: list[int]) -> Iterator[Tensor]:
         """Kernels (s, n1, n2), of as many seeds at once as the budget holds."""
-        chunk = min(len(seeds), self.budget // self._nbytes())
+        chunk = min(len(seeds), self.budget // max(self._nbytes(), 1))
         masks = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0 for m in self.net.modules())
         if chunk and not masks and not is_standard(self.net) and not self._vmap_is_right(seeds[0]):
             chunk = 0
