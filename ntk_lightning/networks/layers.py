@@ -163,7 +163,11 @@ class NTKLinear(NTKLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
         self.check_input(x, -1, "in_features", "vectors (n, in_features)")
-        return F.linear(x, *self.scaled())
+        if self.parameterization == "standard" or not x.is_floating_point() or x.numel() > self.weight.numel():
+            return F.linear(x, *self.scaled())
+        # (s x) W^T instead of x (s W)^T: a wide weight is not read and written once more for a few samples
+        bias = None if self.bias is None else self.bias_scale * self.bias
+        return F.linear(x * self.weight_scale, self.weight, bias)
 
     def extra_repr(self) -> str:
         """Sizes and scales, for printing."""
