@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         SyntheticTeacher,
         TensorData,
     )
-    from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK, KernelStore, compute_on_ray, kernel_key
+    from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK, KernelStore, compute_on_ray, kernel_key, monte_carlo
     from ntk_lightning.modules import FiniteNetwork, InfiniteNTKReadout, KernelReadout, LinearizedNetwork
     from ntk_lightning.networks import (
         MLP,
@@ -160,6 +160,7 @@ __all__ = [
     "kernel_sgd",
     "kernel_sgd_grid",
     "log_marginal_likelihood",
+    "monte_carlo",
     "nngp_posterior",
     "ntk_ensemble",
     "ntk_parameterize",
