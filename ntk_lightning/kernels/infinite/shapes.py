@@ -102,7 +102,8 @@ def _after(operation: Operation, inputs: list[Size]) -> Size:
         case GlobalAvgPool(axes) | GlobalSumPool(axes):
             if axes is not None:
                 _check_axes(operation, shape, axes)
-            return Size(None if shape is None else (1,) * len(shape), channels)
+            axes = axes if shape is None else len(shape)
+            return Size(None if axes is None else (1,) * axes, channels)
         case Flatten():
             known = None if channels is None or shape is None else channels * math.prod(shape)
             return Size((), known)
@@ -112,11 +113,11 @@ def _after(operation: Operation, inputs: list[Size]) -> Size:
             _check_channels(operation, channels, "in_channels", "channels", "inputs must be (n, C, L) or (n, C, H, W)")
             return Size(shape, operation.fan_out)
         case Add() | Product():
-            return _together(operation, inputs, {channels for _, channels in inputs})
+            return _together(operation, inputs, [channels for _, channels in inputs])
         case Concat():
             counts = [channels for _, channels in inputs]
             total = None if None in counts else sum(count or 0 for count in counts)
-            return Size(_together(operation, inputs, set()).shape, total)
+            return Size(_together(operation, inputs, []).shape, total)
     return inputs[0]
 
 
@@ -136,10 +137,10 @@ def _slid(operation: Conv | Pool, windows: tuple[Window, ...], shape: tuple[int,
     return out
 
 
-def _together(operation: Operation, inputs: list[Size], channels: set[int | None]) -> Size:
+def _together(operation: Operation, inputs: list[Size], channels: list[int | None]) -> Size:
     """Of values that must agree; along an axis where one has a single pixel, that is repeated."""
     name = {Add: "a sum (of a Residual, or +)", Product: "a product"}.get(type(operation), "a concatenation")
-    counts = sorted(count for count in channels if count is not None)
+    counts = list(dict.fromkeys(count for count in channels if count is not None))
     if len(counts) > 1:
         raise ValueError(f"The branches of {name} end in different channels, {' and '.join(map(str, counts))}.")
     shapes = [shape for shape, _ in inputs if shape is not None]
