@@ -41,17 +41,15 @@ def monte_carlo(
     width_factor: int = 1,
     memory: str | int = "1GB",
 ) -> tuple[Tensor, Tensor]:
-    r"""Mean kernel of finite networks at initialization, and its standard error.
+    """Mean kernel of finite networks at initialization, and its standard error.
 
-    With :math:`f_s` the network with weights drawn by seed s, of S seeds, and C outputs,
+    With f_s the network with weights drawn by seed s, of S seeds, and C outputs, the kernels are
 
-    .. math::
-        K_s(x, x') = \frac1C \sum_c \langle \nabla f_{s,c}(x), \nabla f_{s,c}(x') \rangle
-        \quad\text{or}\quad \frac1C \sum_c f_{s,c}(x) f_{s,c}(x')
+        K_s(x, x') = 1/C sum_c <grad f_sc(x), grad f_sc(x')>  (NTK)  or  1/C sum_c f_sc(x) f_sc(x')  (NNGP),
 
-    for the NTK and the NNGP; the results are the mean of the :math:`K_s` and their standard deviation over
-    :math:`\sqrt S`. At growing width the mean approaches the kernel k of :class:`InfiniteNTK` to about 1 / width (Novak
-    et al., 2019, arXiv 1810.05148): (mean - k) / error should be a few at most.
+    and the results are their mean over s, and their standard deviation over sqrt(S). At growing width the mean
+    approaches the kernel k of :class:`~ntk_lightning.kernels.InfiniteNTK`, to about 1 / width (Novak et al., 2019,
+    arXiv 1810.05148): (mean - k) / error should be a few at most.
 
     Every parameter is drawn by ``reset_parameters`` of the module that owns it, or of one that contains it. An
     initialization that a network does elsewhere, in its constructor say, is not seen.
