@@ -104,7 +104,7 @@ def z_scores(case: str, seeds: int) -> float:
         x1, x2 = (x.roll((-1, -1), (2, 3)) for x in (x1, x2))
     options = json.loads(str(ARRAYS[f"{case}/net"]))
     net = build(options, x1[:1].float())
-    factor = 512 // next(o["width"] for o in options if "width" in o) if "branches" not in str(options) else 64
+    factor = 64 if "branches" in str(options) else 512 // max(o.get("width", 1) for o in options)
     one_set = x1.shape == x2.shape and torch.equal(x1, x2)  # dropout draws a mask for every sample
     largest = 0.0
     for kind in ("ntk", "nngp") if f"{case}/ntk" in ARRAYS else ("nngp",):
