@@ -21,7 +21,7 @@ from ntk_lightning.plotting import COLORS, clean_axes, time_axis
 from ntk_lightning.studies.figure import StudyFigure, study_figure, study_figures
 from ntk_lightning.studies.figure_captions import figure_caption
 from ntk_lightning.studies.figure_lines import Line
-from ntk_lightning.studies.figure_table import figure_table
+from ntk_lightning.studies.figure_table import comparison_table, figure_table
 from ntk_lightning.studies.figure_text import interval_text, number_text, plain_text, size_text
 from ntk_lightning.studies.results import StudyResults, read_results
 from ntk_lightning.studies.schema import DURING, MODELS, QUANTITIES, Quantity
@@ -116,7 +116,8 @@ def figures(results: str, output: str | None = None, format: Literal["png", "pdf
                 continue
             figure = drawn[quantity]
             if figure.exponents:
-                console.print(figure_table(figure))
+                for table in filter(None, (figure_table(figure), comparison_table(figure))):
+                    console.print(table)
             for departure in figure.departures:
                 text = f"{plain_text(study.title)}, test {quantity}: {plain_text(str(departure))}"
                 console.print(text, markup=False)

@@ -14,13 +14,13 @@ from ntk_lightning.studies.figure_text import interval_text, number_text, plain_
 from ntk_lightning.studies.results import StudyResults
 from ntk_lightning.studies.schema import Quantity
 
-__all__ = ["HEADER", "exponent_cells", "exponents_table", "figure_table", "filled_columns"]
+__all__ = ["HEADER", "comparison_table", "exponent_cells", "exponents_table", "figure_table", "filled_columns"]
 
 HEADER = (
     *("line", "β", "95% interval", "R²", "sizes", "seeds", "published", "p (same as first)"),
     *("first - this", "p, all claims", "β with a floor", "floor", "p with floors", "predicted β", "prediction off by"),
 )
-_ALWAYS = 8  # columns that stand in every table
+_FIRST = 8  # columns that stand in every table; the others are a table of their own in a terminal
 
 
 def exponents_table(results: StudyResults, quantity: Quantity = "error") -> Table:
@@ -46,13 +46,33 @@ def figure_table(figure: StudyFigure) -> Table:
         The table.
     """
     table = Table(title=escape(f"{plain_text(figure.study.title)}: exponents of the test {figure.quantity}"))
-    header, rows = filled_columns([exponent_cells(exponent) for exponent in figure.exponents])
-    for name in header:
+    for name in HEADER[:_FIRST]:
         table.add_column(name, justify="left" if name == HEADER[0] else "right")
-    for row in rows:
-        table.add_row(*map(escape, row))
+    for exponent in figure.exponents:
+        table.add_row(*map(escape, exponent_cells(exponent)[:_FIRST]))
     notes = [f"{plain_text('; '.join(labels))}: {note}" for note, labels in figure.notes.items()]
     table.caption, table.caption_justify = escape("\n".join(notes)) or None, "left"
+    return table
+
+
+def comparison_table(figure: StudyFigure) -> Table | None:
+    """Lay out the differences of a figure's exponents, its laws with a floor and its predictions for a terminal.
+
+    Args:
+        figure: A figure whose axis is n or m.
+
+    Returns:
+        The table; None where it has none of these.
+    """
+    header, rows = filled_columns([exponent_cells(exponent) for exponent in figure.exponents])
+    if len(header) == _FIRST:
+        return None
+    title = f"{plain_text(figure.study.title)}: exponents of the test {figure.quantity}, compared"
+    table = Table(title=escape(title))
+    for name in (header[0], *header[_FIRST:]):
+        table.add_column(name, justify="left" if name == HEADER[0] else "right")
+    for row in rows:
+        table.add_row(*map(escape, (row[0], *row[_FIRST:])))
     return table
 
 
@@ -65,7 +85,7 @@ def filled_columns(rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[
     Returns:
         The names of the columns that stay, and the rows.
     """
-    kept = [column for column in range(len(HEADER)) if column < _ALWAYS or any(row[column] for row in rows)]
+    kept = [column for column in range(len(HEADER)) if column < _FIRST or any(row[column] for row in rows)]
     return [HEADER[column] for column in kept], [[row[column] for column in kept] for row in rows]
 
 
@@ -91,7 +111,7 @@ def exponent_cells(exponent: Exponent) -> list[str]:
         f"{number_text(test.difference.difference, 3)} {interval_text(test.difference.interval)}" if test else "",
         _p_text(test.corrected_p_value) if test else "",
         f"{number_text(floor.beta, 3)} {interval_text(floor.beta_interval)}" if floor else "",
-        f"{floor.offset:.2g}" if floor else "",
+        number_text(floor.offset, 4) if floor else "",
         _p_text(floor_test.corrected_p_value) if floor_test else "",
         number_text(predicted.exponent, 3) if predicted and not math.isnan(predicted.exponent) else "",
         f"{100 * predicted.deviation:+.0f}% at {predicted.at}" if predicted and predicted.at is not None else "",
