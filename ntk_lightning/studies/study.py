@@ -210,7 +210,7 @@ def _gather(config: StudyConfig, arms: Mapping[str, Sequence[Cell]], files: Mapp
     while new := {key: read for key, file in files.items() if key not in finished and (read := read_cell(file))}:
         finished |= new
         rows = [
-            {**after_first_epochs(row, arm.first_epochs), "study": config.name, "arm": arm.label}
+            {**after_first_epochs(row, config.figure.first_epochs), "study": config.name, "arm": arm.label}
             for arm in config.arms
             for cell in arms[arm.label]
             for row in finished.get(cell.key, [])
