@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch.nn import functional as F
@@ -33,4 +34,4 @@ class FashionMNISTBinary(ImageDataModule):
         split = "train" if train else "test"
         file = Path(__file__).parent / "data" / f"fashion_mnist_pullover_coat_{split}.parquet"
         samples = read_parquet([file], "image", (2, 4), "L", 28)
-        return Samples(F.pad(samples.x, (2, 2, 2, 2)), samples.y)
+        return replace(samples, x=F.pad(samples.x, (2, 2, 2, 2)))

@@ -25,15 +25,15 @@ from ntk_lightning.callbacks import (
     OptimalEarlyStopping,
     StopAtTrainError,
 )
-from ntk_lightning.callbacks.nested_fits import fit_nested
+from ntk_lightning.callbacks.nested_fits import NestedProblem
 from ntk_lightning.datamodules.base import ImageDataModule
 from ntk_lightning.kernels.empirical.evaluation import evaluation_ntk
 from ntk_lightning.kernels.grams.gram_and_cross import GramAndCross
 from ntk_lightning.modules import FiniteNetwork, LinearizedNetwork
-from ntk_lightning.solvers import KernelFit
 from ntk_lightning.studies.build import LoadedData, build
 from ntk_lightning.studies.cell_config import Cell
 from ntk_lightning.studies.files import Rows
+from ntk_lightning.studies.predictions import predicted_columns
 from ntk_lightning.studies.schema import AFTER, DURING, FRESH, TRAINED
 from ntk_lightning.studies.shared_gram import cell_grams
 from ntk_lightning.studies.trained import Trained, read_trained, trained_path, write_trained
@@ -127,8 +127,7 @@ def run_cell(
                 grams = partial(evaluation_ntk(net.to(_device()), memory).gram_and_cross, progress=progress)
             else:
                 grams = cell_grams(cell, folder / "grams", loaded if whole_pool else None, progress)
-            fits = _fit_kernel(cell, grams, data, "train", [cell.n])
-            rows = [_row(cell, cell.model, ModelErrors.of_fit(cell.model, cell.n, fits[cell.n]))]
+            rows = _fit_kernel(cell, cell.model, grams, data, "train", [cell.n])
     seconds = time.perf_counter() - started
     return [{**row, "seconds": seconds} for row in rows]
 
@@ -147,12 +146,10 @@ def _network(cell: Cell, net: nn.Sequential, data: ImageDataModule, path: Path, 
         if not sizes:
             continue
         try:
-            fits = _fit_kernel(cell, evaluation_ntk(net.to(_device()), memory).gram_and_cross, data, split, sizes)
+            grams = evaluation_ntk(net.to(_device()), memory).gram_and_cross
+            rows += _fit_kernel(cell, model, grams, data, split, sizes, m=cell.n, t=trained.steps)
         except FloatingPointError as error:
             warnings.warn(f"There is no after-kernel. {error}", stacklevel=2)
-            continue
-        errors = (ModelErrors.of_fit(model, n, fit) for n, fit in fits.items())
-        rows += [_row(cell, model, each, m=cell.n, t=trained.steps) for each in errors]
     return rows + during
 
 
@@ -198,13 +195,23 @@ def train(cell: Cell, module: LightningModule, data: ImageDataModule, memory: st
 
 
 def _fit_kernel(
-    cell: Cell, grams: GramAndCross, data: ImageDataModule, split: str, sizes: Sequence[int]
-) -> dict[int, KernelFit]:
+    cell: Cell,
+    model: str,
+    grams: GramAndCross,
+    data: ImageDataModule,
+    split: str,
+    sizes: Sequence[int],
+    **columns: float,
+) -> Rows:
     """Fit a kernel on the first samples of a set, for each size, by the steps that the cell's network takes."""
     sets = {name: getattr(data, f"{name}_set") for name in (split, "test", "val")}
     fitted, *others = (samples.to(_device()) for samples in sets.values() if samples is not None)
     evaluation = dict(zip(("test", "val"), others, strict=False))
-    return fit_nested(grams, fitted, evaluation, cell.optimizer, sizes)
+    problem = NestedProblem.compute(grams, fitted, evaluation, sizes[-1])
+    errors = [ModelErrors.of_fit(model, n, problem.sgd(n, cell.optimizer)) for n in sizes]
+    rows = [_row(cell, model, each, **columns) for each in errors]
+    rows[-1] |= predicted_columns(problem.gram, problem.targets)
+    return rows
 
 
 def _device() -> torch.device:

@@ -114,7 +114,7 @@ def missing_pairs(cell: Cell, loaded: LoadedData, folder: Path) -> int:
 def _pool_cell(cell: Cell, pool: int) -> str:
     """The data of the whole pool, as what :func:`_pool_samples` caches by."""
     data = apart_from_subset(cell)
-    arguments = {k: value for k, value in data["init_args"].items() if k != "n_val"}
+    arguments = {k: value for k, value in data["init_args"].items() if k not in ("n_val", "balanced")}
     arguments |= {"n_train": pool, "subset_seed": 0}
     return json.dumps({"data": {**data, "init_args": arguments}, "net": dict(cell.net)}, sort_keys=True)
 
