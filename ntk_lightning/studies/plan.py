@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -11,17 +12,19 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ntk_lightning.atomic_files import atomic_write, writing
 from ntk_lightning.callbacks.scheduled import steps_to_measure
 from ntk_lightning.kernels.empirical.memory_plan import parse_bytes
 from ntk_lightning.studies.build import LoadedData
 from ntk_lightning.studies.cell_config import Cell
-from ntk_lightning.studies.files import Rows
+from ntk_lightning.studies.files import ADVICE, Rows
 from ntk_lightning.studies.plan_rates import Rates
+from ntk_lightning.studies.predictions import PREDICT_MAX
 from ntk_lightning.studies.schema import TRAINED, WIDTH_FREE
 from ntk_lightning.studies.shared_gram import missing_pairs
 from ntk_lightning.studies.trained import training
 
-__all__ = ["Plan", "plan_cells", "print_plan"]
+__all__ = ["Plan", "plan_cells", "print_plan", "write_plan"]
 
 
 @dataclass
@@ -29,7 +32,7 @@ class Plan:
     """The work of the cells that a study has yet to run.
 
     Args:
-        cells: Their number.
+        keys: Of the cells.
         samples: Samples that networks are trained on, each epoch anew.
         gradients: Gradients of single samples that are formed.
         products: Pairs of them that are multiplied.
@@ -39,7 +42,7 @@ class Plan:
         seconds: By kind of work.
     """
 
-    cells: int = 0
+    keys: list[str] = field(default_factory=list)
     samples: int = 0
     gradients: int = 0
     products: int = 0
@@ -77,7 +80,7 @@ class _Planner:
 
     def add(self, cell: Cell) -> None:
         """Add a cell."""
-        self.plan.cells += 1
+        self.plan.keys.append(cell.key)
         if cell.model in TRAINED:
             self._train(cell)
             for sizes in filter(None, (cell.after, cell.after_fresh)):
@@ -158,6 +161,8 @@ class _Planner:
         m = self._test(cell)
         for n in sizes:
             self.plan.spend("kernel SGD", cell.optimizer.epochs * self.rates.fit_epoch(n, m, cell.optimizer))
+        if max(sizes) <= PREDICT_MAX:
+            self.plan.spend("predicted curves", self.rates.eigenvectors(max(sizes)))
 
     def _test(self, cell: Cell) -> int:
         arguments = cell.data.get("init_args", {})
@@ -218,7 +223,7 @@ def print_plan(name: str, plan: Plan, finished: int, threads: int) -> None:
         threads: CPU threads of a cell.
     """
     console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
-    console.print(f"{name}: {plan.cells} cells to run, {finished} finished")
+    console.print(f"{name}: {len(plan.keys)} cells to run, {finished} finished")
     for what, amount in (
         ("samples trained on, over all epochs", plan.samples),
         ("gradients of single samples", plan.gradients),
@@ -232,6 +237,20 @@ def print_plan(name: str, plan: Plan, finished: int, threads: int) -> None:
     for kind, seconds in plan.seconds.items():
         console.print(f"  {timedelta(seconds=round(seconds))} {kind}")
     console.print(f"  about {timedelta(seconds=round(plan.total))} left on this machine, with threads: {threads}")
+
+
+def write_plan(path: Path, plan: Plan) -> None:
+    """Keep a plan, to be compared with what its cells take.
+
+    Args:
+        path: Of the file.
+        plan: The plan.
+    """
+    with writing(path.parent, ADVICE):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    kept = {name: getattr(plan, name) for name in ("samples", "gradients", "products", "pairs", "memory")}
+    with atomic_write(path, ADVICE) as temporary:
+        temporary.write_text(json.dumps({**kept, "seconds": plan.total, "kinds": plan.seconds, "cells": plan.keys}))
 
 
 def resident_bytes() -> int:

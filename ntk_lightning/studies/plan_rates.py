@@ -67,6 +67,7 @@ class Rates:
         self._gradients: dict[str, Gradients] = {}
         self._to_fit: dict[str, int] = {}
         self._pairs: dict[str, float] = {}
+        self._eigenvectors: dict[int, float] = {}
         self._epochs: dict[tuple[int, int, int], float] = {}
 
     def training(self, cell: Cell) -> Training:
@@ -206,6 +207,21 @@ class Rates:
 
             self._epochs[key] = max(fit(5) - fit(1), 1e-6) / 4
         return self._epochs[key] * (n / measured) ** 2
+
+    def eigenvectors(self, n: int) -> float:
+        """Measure the eigenvectors of a Gram, which a predicted learning curve takes.
+
+        Args:
+            n: Samples.
+
+        Returns:
+            Seconds; above 768 samples they are taken to grow with n^3.
+        """
+        measured = min(n, 768)
+        if measured not in self._eigenvectors:
+            gram = torch.rand(measured, measured, dtype=torch.float64)
+            self._eigenvectors[measured] = _best(lambda: torch.linalg.eigh(gram + gram.T))
+        return self._eigenvectors[measured] * (n / measured) ** 3
 
 
 def _of_size(cell: Cell, n: int, m: int) -> Cell:

@@ -24,7 +24,7 @@ from ntk_lightning.studies.critical import print_critical_rates, tell_above_crit
 from ntk_lightning.studies.executors import Resources, free_cpus, in_process, on_ray
 from ntk_lightning.studies.files import ADVICE, Rows, read_cell, read_digest, write_cell, write_table
 from ntk_lightning.studies.first_epochs import after_first_epochs
-from ntk_lightning.studies.plan import Plan, plan_cells, print_plan
+from ntk_lightning.studies.plan import Plan, plan_cells, print_plan, write_plan
 from ntk_lightning.studies.progress import study_progress
 from ntk_lightning.studies.schema import COLUMNS
 from ntk_lightning.studies.shared_gram import cells_of_pools
@@ -82,6 +82,8 @@ def study(
 def plan_study(config: StudyConfig, folder: Path, resources: Resources | None = None) -> Plan:
     """Estimate and print what the cells of a study will cost that have no result yet; measuring takes seconds.
 
+    What it finds is also kept in ``plans/<name>.json``, beside which the time of the cells can be held.
+
     Args:
         config: The study.
         folder: Where results lie.
@@ -106,6 +108,7 @@ def plan_study(config: StudyConfig, folder: Path, resources: Resources | None = 
     with quiet_lightning(), cpu_threads(threads):
         pooled = cells_of_pools(pending, loaded, folder.resolve() / "grams")
         plan = plan_cells(pending, finished, loaded, pooled, folder.resolve(), resources.memory)
+    write_plan(folder / "plans" / f"{config.name}.json", plan)
     print_plan(config.name, plan, len(finished), threads)
     return plan
 
