@@ -113,6 +113,11 @@ class LayerWeights:
         """
         return self._call(module, {}, x, linear)
 
+    def with_weights(self, module: nn.Module, weights: Weights, x: Tensor) -> Tensor:
+        """Run a layer with some other weights, by their names in the network."""
+        own = {key: weights[name] for key, name in self._names[module].items() if name in weights}
+        return self._call(module, own, x, False)
+
     def along(self, module: nn.Module, direction: Weights, x: Tensor, linear: bool = False) -> Tensor:
         """Run a layer with d in place of its weights: the derivative of its output along d, where that is linear in w.
 
