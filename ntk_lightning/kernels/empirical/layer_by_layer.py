@@ -7,10 +7,9 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ntk_lightning.kernels.empirical.inputs import Inputs
-from ntk_lightning.kernels.empirical.network_state import Weights
+from ntk_lightning.kernels.empirical.network_state import Weights, functional_call
 from ntk_lightning.networks import NTKConv1d, NTKConv2d, NTKLinear, Residual
 
 __all__ = ["BILINEAR", "LINEAR_IN_WEIGHTS", "LayerWeights", "is_chain", "walk"]
