@@ -74,10 +74,7 @@ class Value:
 
 
 class Builder:
-    """Builds a graph, operation by operation, and refuses those without a closed form.
-
-    ``where`` stands before every message; whoever builds sets it to the place of the next operation.
-    """
+    """Builds a graph, and refuses what has no closed form; ``where``, the place of an operation, is set before each."""
 
     def __init__(self) -> None:
         self.input = Value(0, ((0, 1.0),), frozenset({0}), alike=False)
@@ -301,4 +298,4 @@ class Builder:
             )
 
     def _refusal(self, message: str) -> ValueError:
-        return ValueError(f"{self.where}{': ' if self.where else ''}{message}.")
+        return ValueError(f"{self.where}: {message}." if self.where else f"{message}.")

@@ -20,7 +20,8 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ntk_lightning.kernels.infinite.architecture import Layer, to_layers
+from ntk_lightning.kernels.infinite.architecture import Layer
+from ntk_lightning.kernels.infinite.graphs import to_layers
 from ntk_lightning.kernels.infinite.independence import Builder, Value
 from ntk_lightning.kernels.infinite.read_functions import FUNCTIONS, METHODS, NotSupported, apply_module
 from ntk_lightning.kernels.infinite.read_modules import known_class, supported
