@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         TensorData,
     )
     from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK, KernelStore, compute_on_ray, kernel_key
+    from ntk_lightning.kernels.monte_carlo import monte_carlo  # a file and its function: type checkers must see which
     from ntk_lightning.modules import FiniteNetwork, InfiniteNTKReadout, KernelReadout, LinearizedNetwork
     from ntk_lightning.networks import (
         MLP,
@@ -160,6 +161,7 @@ __all__ = [
     "kernel_sgd",
     "kernel_sgd_grid",
     "log_marginal_likelihood",
+    "monte_carlo",
     "nngp_posterior",
     "ntk_ensemble",
     "ntk_parameterize",

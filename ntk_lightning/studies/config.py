@@ -52,8 +52,6 @@ class Arm:
         after_fresh: The same on fresh samples, K_m^F.
         kernels_at: Fit the network's kernel K^t at these steps t, or at so many logarithmically spaced ones.
         until_train_error: Stop the network where its training error has fallen to this fraction.
-        first_epochs: Count only so many epochs of each curve. The cells are those of the arm without it, which are
-            trained for longer: a fixed budget of epochs beside a sufficient one costs nothing.
         show: Which of the arm's models belong to the figure: "network", "after-kernel", "after-kernel, fresh", "kernel
             during training"; by default all.
 
@@ -68,7 +66,6 @@ class Arm:
     after_fresh: list[int | Literal["m"]] = field(default_factory=list)
     kernels_at: int | list[int] | None = None
     until_train_error: float | None = None
-    first_epochs: int | None = None
     show: list[Model | Kernel] | None = None
 
     def __post_init__(self) -> None:
@@ -93,8 +90,6 @@ class Arm:
             raise ValueError(
                 f"until_train_error of arm {self.label!r} must be in [0, 1], got {self.until_train_error}."
             )
-        if self.first_epochs is not None and self.first_epochs < 1:
-            raise ValueError(f"first_epochs of arm {self.label!r} must be at least 1, got {self.first_epochs}.")
         made = [self.model, *(kernel for kernel, key in _KERNELS.items() if given[key])]
         if (self.show is not None and not {*self.show} <= {*made}) or self.show == []:
             raise ValueError(f"show = {self.show} of arm {self.label!r} must name some of what it makes: {made}.")
@@ -113,18 +108,28 @@ class FigureConfig:
             network was trained on.
         at: Show only kernels K^t at these steps t.
         value: "optimal" draws the least error or loss over training (an oracle), "last" that of the last step.
+        first_epochs: Count only so many epochs of each curve. The cells are those without it, trained for longer: a
+            fixed budget of epochs beside a sufficient one costs nothing.
         chance: Test error of guessing, near which a power law is not to be trusted.
         published: Exponents that the source paper prints, by label, for caption and table.
         caption: What the figure shows.
+
+    Raises:
+        ValueError: ``first_epochs`` is below 1.
     """
 
     x: Axis = "n"
     fitted_on: int | Literal["m"] | None = None
     at: list[int] | None = None
     value: Value = "optimal"
+    first_epochs: int | None = None
     chance: float = 0.5
     published: dict[str, float] = field(default_factory=dict)
     caption: str = ""
+
+    def __post_init__(self) -> None:
+        if self.first_epochs is not None and self.first_epochs < 1:
+            raise ValueError(f"figure.first_epochs must be at least 1, got {self.first_epochs}.")
 
 
 @dataclass(frozen=True)
