@@ -161,15 +161,10 @@ class Scale:
 
 @dataclass(frozen=True, repr=False)
 class Norm(_Named):
-    """Layer normalization over channels, at each pixel or over ``pixels`` too: u / sqrt(mean of u^2 + eps).
-
-    ``gain`` and ``bias`` say whether it has trained ones, which are 1 and 0: they add K and 1 to the NTK.
-    """
+    """Layer normalization over channels, at each pixel or over ``pixels`` too: u / sqrt(mean of u^2 + eps)."""
 
     eps: float
     pixels: bool = False
-    gain: bool = False
-    bias: bool = False
     features: tuple[int, ...] | None = field(default=None, repr=False, compare=False)  # what it is made for
     path: str = field(default="", repr=False, compare=False)
 

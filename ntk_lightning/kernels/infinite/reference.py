@@ -253,10 +253,9 @@ class _Block(NamedTuple):
                     return _activated(operation, k, left, right)._replace(near=near)
                 nngp, derivative = dual_activation(operation, k.nngp, left, right, k.near)
                 return _Fields(nngp, None if k.ntk is None else k.ntk * derivative, near)
-            case Norm(eps, _, gain, bias):
+            case Norm(eps):
                 left, right = ((v + eps).rsqrt() for v in self._sides(i, spatial, full))
-                k = k.map(lambda c: c * left * right)
-                return k._replace(ntk=_plus(k.ntk, k.nngp * gain + bias)) if self.ntk and (gain or bias) else k
+                return k.map(lambda c: c * left * right)
             case Attention():
                 return self._attention(i, operation, k, spatial)
             case Dropout(keep):
