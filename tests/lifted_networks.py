@@ -197,7 +197,6 @@ class UNetLike(nn.Module):
 
 
 LIFTED: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
-    "a ResNet as torchvision writes it": (ResNet, (3, 6, 6)),
     "a pre-activation ResNet": (PreActivationResNet, (3, 5, 5)),
     "a DenseNet block": (DenseBlock, (3, 5, 5)),
     "patches and mixing": (PatchMixer, (3, 6, 6)),

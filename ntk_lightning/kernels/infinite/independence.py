@@ -296,7 +296,7 @@ class Builder:
         if not value.gaussian:
             raise self._refusal(
                 f"{activation} has no closed form where it stands: its input must be Gaussian. Put an affine layer "
-                "(NTKLinear or NTKConv2d) before it"
+                "(NTKLinear or NTKConv2d) before it; before a sum, at the end of every branch"
             )
         if value.flat:
             raise self._refusal(

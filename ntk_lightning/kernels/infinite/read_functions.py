@@ -108,8 +108,8 @@ def _power(builder: Builder, value: Value, exponent: Any) -> Value:  # noqa: ANN
 def _cat(builder: Builder, tensors: Sequence[Value], dim: int = 0) -> Value:
     if not isinstance(tensors, list | tuple) or not all(isinstance(value, Value) for value in tensors):
         raise NotSupported("it must concatenate a list of values")
-    flat = all(value.pooled or value.flat for value in tensors)
-    if dim != 1 and not (flat and dim == -1):
+    vectors = all(value.axes == 0 for value in tensors)
+    if dim != 1 and not (vectors and dim == -1):
         raise NotSupported("channels are concatenated with dim=1")
     return builder.concat(tensors)
 

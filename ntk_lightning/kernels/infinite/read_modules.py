@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
 
 from ntk_lightning import networks
 from ntk_lightning.kernels.infinite.activations import ACTIVATIONS, read_activation
@@ -201,15 +200,13 @@ def read_module(module: nn.Module, path: str) -> Operation | tuple[()] | None:
         Its operation, () where it changes nothing, or None where its options have no closed form.
 
     Raises:
-        TypeError: Its parameters are not initialized, or gains are not 1.
+        TypeError: Gains are not 1, or a function is not pointwise.
         ValueError: Its options make no sense.
 
     Example:
         >>> read_module(nn.AvgPool2d(2), "net.3")
         Pool(kernel_size=2, stride=2)
     """
-    if any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters(recurse=False)):
-        raise TypeError(f"{path} has no sizes yet: run the network on data once.")
     for kind, (_, reader) in _READERS.items():
         if isinstance(module, kind):
             return reader(module, path)
