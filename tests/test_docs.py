@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,7 @@ from studies import tiny as tiny_study
 from torch.distributed.run import get_args_parser
 
 from ntk_lightning.cli import main
+from ntk_lightning.scaling import fit_power_law
 from ntk_lightning.studies.config_yaml import read_config
 
 ROOT = Path(__file__).parents[1]
@@ -370,3 +372,66 @@ def test_page_names_everything_that_a_run_and_a_study_write(tmp_path: Path, monk
     wanted = {re.sub(r"(?<=test_error_)\d+$", "N", name) for name in names - {"eigenvalue_2", "kernel/eigenvalue_2"}}
     assert not wanted - shown
     assert not files - {"metrics.csv"} - shown  # the logger's own
+
+
+STUDIED = {  # section of the results page: the study's table, what stands over its columns
+    "Data scaling": ("figure_1a", "n"),
+    "Width at": ("figure_2b", "width"),
+    "The after-kernel": ("figure_4a", "n"),
+    "What the kernel learns": ("figure_4b", "m"),
+    "The kernel during": ("figure_5a", "t"),
+}
+LINES = {  # of its tables: model and column
+    "network": ("network", "optimal_error"),
+    "empirical NTK": ("empirical", "optimal_error"),
+    "infinite NTK": ("infinite", "optimal_error"),
+    "$K_n(n)$": ("after-kernel", "optimal_error"),
+    "$K_n^F(n)$": ("after-kernel, fresh", "optimal_error"),
+    "$K_m^F(500)$": ("after-kernel, fresh", "optimal_error"),
+    "$K^t$, fitted": ("kernel during training", "optimal_error"),
+    "network at step t": ("kernel during training", "network_error"),
+    "$K^0$, trained for t steps": ("kernel during training", "initial_error"),
+}
+
+
+@pytest.mark.parametrize("section", STUDIED)
+def test_results_page_has_the_errors_and_exponents_of_the_studies(section: str) -> None:
+    study, axis = STUDIED[section]
+    text = next(part for part in (DOCS / "results-32x32.md").read_text().split("\n## ") if part.startswith(section))
+    header, _, *lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    places = [int(cell) for cell in header if cell.strip().isdecimal()]
+    assert len(places) >= 3
+    assert lines
+    for label, *cells in lines:
+        model, column = LINES[label.strip()]
+        found = [row for row in results("cifar10_dog_horse")["studies"][study] if row["model"] == model]
+        errors = [[row[column] for row in found if row[axis] == place] for place in places]
+        shown = [cell.strip() for cell in cells[: len(places)]]
+        assert shown == [f"{sum(seeds) / len(seeds):.1%}" if seeds else "" for seeds in errors]
+        if (exponent := "".join(cells[len(places) : len(places) + 1]).strip()) and axis != "width":
+            measured = [(place, seeds) for place, seeds in zip(places, errors, strict=True) if seeds]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of few sizes
+                fit = fit_power_law([place for place, _ in measured], [*zip(*(s for _, s in measured), strict=True)])
+            low, high = fit.beta_interval
+            assert exponent == f"{fit.beta:.3f} [{low:.2f}, {high:.2f}]"
+
+
+NEURAL_TANGENTS = """
+    ABRelu Abs Aggregate AggregateImplementation AttentionMechanism AvgPool Bool Conv ConvLocal ConvTranspose Cos Dense
+    Diagonal DotGeneral Dropout Elementwise ElementwiseNumerical Erf Exp ExpNormalized FanInConcat FanInProd FanInSum
+    FanOut Flatten Gabor Gaussian Gelu GlobalAvgPool GlobalSelfAttention GlobalSumPool Hermite Identity ImageResize
+    Index
+    LayerNorm LeakyRelu MaskedArray Monomial Padding Polynomial PositionalEmbedding Rbf RectifiedMonomial Relu
+    Sigmoid_like Sign Sin Slice SumPool layer parallel repeat requires serial supports_masking unmask_fn
+    ODEState gp_inference gradient_descent gradient_descent_mse gradient_descent_mse_ensemble max_learning_rate
+    Kernel NtkImplementation DEFAULT_NTK_IMPLEMENTATION batch empirical_kernel_fn empirical_nngp_fn empirical_ntk_fn
+    empirical_ntk_vp_fn linearize monte_carlo_kernel_fn taylor_expand empirical_ntk_fn_tf get_apply_fn_and_params
+"""  # every public name of stax, predict, experimental and the main module of version 0.6.5
+
+
+def test_every_public_name_of_neural_tangents_is_in_the_tables() -> None:
+    text = (DOCS / "neural-tangents.md").read_text()
+    left = " ".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| "))
+    listed = {word for code in re.findall(r"`([^`]+)`", left) for word in re.findall(r"\w+", code)}
+    assert set(NEURAL_TANGENTS.split()) <= listed

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from oracle import close, dense
+from oracle import close, dense, trace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -175,7 +175,10 @@ def test_empirical_kernels_of_every_layer(name: str) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(make(), nn.Flatten()).double()
     x = normal(3, *shape)
-    close(EmpiricalNTK(net, full=True)(x), dense(net, x, x))
+    kernel, expected = EmpiricalNTK(net), dense(net, x, x)
+    close(EmpiricalNTK(net, full=True)(x), expected)
+    close(sum(kernel.per_layer(x).values(), torch.zeros(())), trace(expected))
+    close(kernel.matvec(x, x[:, :1].flatten(1)[:, 0]), trace(expected) @ x[:, :1].flatten(1)[:, 0])
     assert torch.autograd.gradcheck(net, (x.requires_grad_(),))
 
 

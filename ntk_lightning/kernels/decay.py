@@ -50,7 +50,7 @@ def decay_exponents(kernel: Tensor, targets: Tensor) -> tuple[Decay, Decay] | No
         that range is zero.
 
     Example:
-        >>> x = torch.randn(200, 100, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 101) ** -1.0
+        >>> x = torch.randn(200, 400, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 401) ** -1.0
         >>> spectrum, target = decay_exponents(x @ x.T, x[:, 0])
         >>> spectrum.interval[0] < 2 < spectrum.interval[1]
         True

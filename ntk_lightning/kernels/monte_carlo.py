@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,17 +41,15 @@ def monte_carlo(
     width_factor: int = 1,
     memory: str | int = "1GB",
 ) -> tuple[Tensor, Tensor]:
-    r"""Mean kernel of finite networks at initialization, and its standard error.
+    """Mean kernel of finite networks at initialization, and its standard error.
 
-    With :math:`f_s` the network with weights drawn by seed s, of S seeds, and C outputs,
+    With f_s the network with weights drawn by seed s, of S seeds, and C outputs, the kernels are
 
-    .. math::
-        K_s(x, x') = \frac1C \sum_c \langle \nabla f_{s,c}(x), \nabla f_{s,c}(x') \rangle
-        \quad\text{or}\quad \frac1C \sum_c f_{s,c}(x) f_{s,c}(x')
+        K_s(x, x') = 1/C sum_c <grad f_sc(x), grad f_sc(x')>  (NTK)  or  1/C sum_c f_sc(x) f_sc(x')  (NNGP),
 
-    for the NTK and the NNGP; the results are the mean of the :math:`K_s` and their standard deviation over
-    :math:`\sqrt S`. At growing width the mean approaches the kernel k of :class:`InfiniteNTK` to about 1 / width (Novak
-    et al., 2019, arXiv 1810.05148): (mean - k) / error should be a few at most.
+    and the results are their mean over s, and their standard deviation over sqrt(S). At growing width the mean
+    approaches the kernel k of :class:`~ntk_lightning.kernels.InfiniteNTK`, to about 1 / width (Novak et al., 2019,
+    arXiv 1810.05148): (mean - k) / error should be a few at most.
 
     Every parameter is drawn by ``reset_parameters`` of the module that owns it, or of one that contains it. An
     initialization that a network does elsewhere, in its constructor say, is not seen.
@@ -95,13 +94,24 @@ def monte_carlo(
         raise TypeError("The network has complex parameters: use EmpiricalNTK of several networks.")
     check_modes(net, dropout=False)
     dtype = at_least_float32(x1.dtype)
-    with torch.inference_mode(False), torch.no_grad(), own_precision(x1.device.type):
+    with torch.inference_mode(False), torch.no_grad(), own_precision(x1.device.type), _seeded(x1.device, numbers[0]):
         x1, x2 = usable(x1, dtype), None if x2 is None else usable(x2, dtype)
         # weights are drawn on the CPU, whose generator gives the same on every machine
         made = widened(copy_network(net).to("cpu", dtype), x1[:1].cpu(), width_factor)
         kernels = torch.cat(list(_Ensemble(made, x1, x2, kind == "ntk", budget).kernels(numbers)))  # (S, n1, n2)
     check_finite(kernels, "check the scales of the network's layers, or compute in float64", "kernel of seed", sides=1)
     return kernels.mean(0), kernels.std(0) / math.sqrt(len(numbers))
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """The same masks of dropout at every call, and torch's generators as they were after it."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def _check_seeds(seeds: object) -> list[int]:
@@ -138,7 +148,7 @@ class _Ensemble:
 
     def kernels(self, seeds: list[int]) -> Iterator[Tensor]:
         """Kernels (s, n1, n2), of as many seeds at once as the budget holds."""
-        chunk = min(len(seeds), self.budget // self._nbytes())
+        chunk = min(len(seeds), self.budget // max(self._nbytes(), 1))
         masks = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0 for m in self.net.modules())
         if chunk and not masks and not is_standard(self.net) and not self._vmap_is_right(seeds[0]):
             chunk = 0

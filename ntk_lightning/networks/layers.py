@@ -175,12 +175,10 @@ class NTKLinear(NTKLayer):
 
 
 class ChannelNorm(nn.Module):
-    r"""Layer normalization over the channels of each pixel, or over the features of a vector, without gain and bias.
+    """Layer normalization over the channels of each pixel, or over the features of a vector, without gain and bias.
 
-    .. math:: y_c = (x_c - \bar x) / \sqrt{\mathrm{var}(x) + \epsilon},
-
-    mean and variance over the channels c at one position (Ba, Kiros and Hinton, 2016, arXiv 1607.06450). On vectors it
-    is ``nn.LayerNorm(C, eps, elementwise_affine=False)``.
+    y_c = (x_c - mean(x)) / sqrt(var(x) + eps), mean and variance over the channels c at one position (Ba, Kiros and
+    Hinton, 2016, arXiv 1607.06450). On vectors it is ``nn.LayerNorm(C, eps, elementwise_affine=False)``.
 
     Args:
         eps: Added to the variance.
