@@ -93,7 +93,8 @@ class NeuralTangents:
     def __init__(self, python: str, row: Row, net: nn.Module, x: Tensor, name: str, threads: int, folder: str) -> None:
         self.gram_path, path = f"{folder}/{name}.npy", f"{folder}/{name}.npz"
         plain = row.network in ("myrtle", "mlp")
-        tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+        buffers = {key: t for key, t in net.named_buffers() if t.is_floating_point()}
+        tensors = {**dict(net.named_parameters()), **buffers}
         arrays = {}
         for i, (key, t) in enumerate(tensors.items()):
             embeds = isinstance(net, GPT) and key in ("token.weight", "position.weight")

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         TensorData,
     )
     from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK, KernelStore, compute_on_ray, kernel_key
+    from ntk_lightning.kernels.monte_carlo import monte_carlo  # a file and its function: type checkers must see which
     from ntk_lightning.modules import FiniteNetwork, InfiniteNTKReadout, KernelReadout, LinearizedNetwork
     from ntk_lightning.networks import (
         MLP,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         Pointwise,
         Residual,
         SelfAttention,
+        ntk_parameterize,
     )
     from ntk_lightning.optim import OptimizerConfig, critical_learning_rate
     from ntk_lightning.scaling import (
@@ -86,11 +88,21 @@ if TYPE_CHECKING:
         read_study,
         run_study,
     )
+
+    __version__: str
 else:
-    __getattr__, __dir__ = lazy_names(
+    _public_name, __dir__ = lazy_names(
         __name__,
         ("networks", "optim", "kernels", "solvers", "scaling", "studies", "datamodules", "modules", "callbacks"),
     )
+
+    def __getattr__(name: str) -> object:
+        if name == "__version__":
+            from importlib.metadata import version  # here: what nobody asks for costs nothing
+
+            return version("ntk_lightning")
+        return _public_name(name)
+
 
 __all__ = [
     "MLP",
@@ -159,8 +171,10 @@ __all__ = [
     "kernel_sgd",
     "kernel_sgd_grid",
     "log_marginal_likelihood",
+    "monte_carlo",
     "nngp_posterior",
     "ntk_ensemble",
+    "ntk_parameterize",
     "predict_learning_curve",
     "read_config",
     "read_results",

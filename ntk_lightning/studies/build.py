@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -13,18 +15,34 @@ from torch import nn
 
 from ntk_lightning.callbacks.scheduled import steps_to_measure
 from ntk_lightning.datamodules.base import ImageDataModule
+from ntk_lightning.datamodules.samples import Samples
 from ntk_lightning.studies.cell_config import Cell
 from ntk_lightning.studies.config import StudyConfig
 from ntk_lightning.studies.schema import AFTER, DURING, FRESH
 
-__all__ = ["build", "check_study", "set_up_data"]
+__all__ = ["LoadedData", "apart_from_subset", "build", "check_study", "set_up_data"]
 
 
-def build(cell: Cell) -> tuple[ImageDataModule, nn.Sequential]:
+@dataclass(frozen=True)
+class LoadedData:
+    """What a study must know of its data.
+
+    Args:
+        digest: Of the pools: of their shapes, and of the labels and images of up to 1024 samples spread over each,
+            which a changed file or a changed ``load`` changes.
+        pool: Samples of the training pool.
+    """
+
+    digest: str
+    pool: int
+
+
+def build(cell: Cell, loaded: LoadedData | None = None) -> tuple[ImageDataModule, nn.Sequential]:
     """Make a cell's data module and its network, whose weights are drawn from the generator as it stands.
 
     Args:
         cell: The cell.
+        loaded: What the study has seen of its data: a process then reads their pools once for all cells.
 
     Returns:
         Data module, not set up, and network.
@@ -36,7 +54,38 @@ def build(cell: Cell) -> tuple[ImageDataModule, nn.Sequential]:
     made = parser.instantiate_classes(parsed)
     if not isinstance(made.net, nn.Sequential):
         raise ValueError(f"net must make an nn.Sequential, {cell.net.get('class_path')} makes {type(made.net)}.")
-    return made.data, made.net
+    data: ImageDataModule = made.data
+    if loaded is not None:
+        pools = _pools(json.dumps(apart_from_subset(cell), sort_keys=True), loaded.digest)
+        load = data.load
+
+        def load_once(train: bool) -> Samples:
+            if train not in pools:
+                pools[train] = load(train=train)
+            return pools[train]
+
+        data.load = load_once  # type: ignore[method-assign]
+    return data, made.net
+
+
+def apart_from_subset(cell: Cell) -> dict[str, Any]:
+    """Describe a cell's data without the arguments that choose a subset of them.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        Class path and the other arguments.
+    """
+    chosen = ("n_train", "subset_seed", "fresh")
+    arguments = {k: value for k, value in cell.data.get("init_args", {}).items() if k not in chosen}
+    return {**cell.data, "init_args": arguments}
+
+
+@lru_cache(maxsize=1)
+def _pools(data: str, digest: str) -> dict[bool, Samples]:
+    """The pools that this process has read of some data: of the training set, True, and of the test set, False."""
+    return {}
 
 
 def check_study(config: StudyConfig, arms: Mapping[str, Sequence[Cell]]) -> None:
@@ -76,7 +125,7 @@ def check_study(config: StudyConfig, arms: Mapping[str, Sequence[Cell]]) -> None
         )
 
 
-def set_up_data(cells: Sequence[Cell], *, finished: bool = False) -> str | None:
+def set_up_data(cells: Sequence[Cell], *, finished: bool = False) -> LoadedData | None:
     """Set up the data of the cell that needs the most samples, which downloads what has to be downloaded.
 
     Args:
@@ -85,8 +134,7 @@ def set_up_data(cells: Sequence[Cell], *, finished: bool = False) -> str | None:
             ``prepare_data``, which may download.
 
     Returns:
-        A digest of the data's pools, None where they were not loaded: of their shapes, and of the labels and images of
-        up to 1024 samples spread over each, which a changed file or a changed ``load`` changes.
+        What the data are; None where they were not loaded.
 
     Raises:
         ValueError: The data set has too few samples, or a class path or an argument is wrong.
@@ -110,7 +158,7 @@ def set_up_data(cells: Sequence[Cell], *, finished: bool = False) -> str | None:
         digest.update(repr((tuple(pool.x.shape), str(pool.x.dtype))).encode())
         digest.update(pool.y[sample].to("cpu", torch.int8).numpy().tobytes())
         digest.update(pool.x[sample].cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return LoadedData(digest.hexdigest()[:16], len(load(train=True)))
 
 
 def _kernels(cell: Cell) -> Iterator[dict[str, Any]]:

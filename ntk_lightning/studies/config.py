@@ -52,6 +52,8 @@ class Arm:
         after_fresh: The same on fresh samples, K_m^F.
         kernels_at: Fit the network's kernel K^t at these steps t, or at so many logarithmically spaced ones.
         until_train_error: Stop the network where its training error has fallen to this fraction.
+        evaluate_every: Measure a network in training, and decide whether it stops, every so many epochs: on few images
+            the test set is dearer than the training.
         show: Which of the arm's models belong to the figure: "network", "after-kernel", "after-kernel, fresh", "kernel
             during training"; by default all.
 
@@ -66,6 +68,7 @@ class Arm:
     after_fresh: list[int | Literal["m"]] = field(default_factory=list)
     kernels_at: int | list[int] | None = None
     until_train_error: float | None = None
+    evaluate_every: int = 1
     show: list[Model | Kernel] | None = None
 
     def __post_init__(self) -> None:
@@ -90,6 +93,8 @@ class Arm:
             raise ValueError(
                 f"until_train_error of arm {self.label!r} must be in [0, 1], got {self.until_train_error}."
             )
+        if self.evaluate_every < 1:
+            raise ValueError(f"evaluate_every of arm {self.label!r} must be at least 1, got {self.evaluate_every}.")
         made = [self.model, *(kernel for kernel, key in _KERNELS.items() if given[key])]
         if (self.show is not None and not {*self.show} <= {*made}) or self.show == []:
             raise ValueError(f"show = {self.show} of arm {self.label!r} must name some of what it makes: {made}.")
@@ -108,18 +113,28 @@ class FigureConfig:
             network was trained on.
         at: Show only kernels K^t at these steps t.
         value: "optimal" draws the least error or loss over training (an oracle), "last" that of the last step.
+        first_epochs: Count only so many epochs of each curve. The cells are those without it, trained for longer: a
+            fixed budget of epochs beside a sufficient one costs nothing.
         chance: Test error of guessing, near which a power law is not to be trusted.
         published: Exponents that the source paper prints, by label, for caption and table.
         caption: What the figure shows.
+
+    Raises:
+        ValueError: ``first_epochs`` is below 1.
     """
 
     x: Axis = "n"
     fitted_on: int | Literal["m"] | None = None
     at: list[int] | None = None
     value: Value = "optimal"
+    first_epochs: int | None = None
     chance: float = 0.5
     published: dict[str, float] = field(default_factory=dict)
     caption: str = ""
+
+    def __post_init__(self) -> None:
+        if self.first_epochs is not None and self.first_epochs < 1:
+            raise ValueError(f"figure.first_epochs must be at least 1, got {self.first_epochs}.")
 
 
 @dataclass(frozen=True)
@@ -135,6 +150,8 @@ class StudyConfig:
         grid: Values of every axis.
         figure: How it is drawn.
         scale: Name of the scale that was chosen; empty for a study that is none of the paper's.
+        below_critical: Before the first cell, measure the critical learning rate of every kernel, and say which arms
+            are above it. (Whatever this says, each row of a kernel fit has its critical rate.)
 
     Raises:
         ValueError: The name cannot be that of a file.
@@ -148,6 +165,7 @@ class StudyConfig:
     grid: Grid
     figure: FigureConfig = field(default_factory=FigureConfig)
     scale: str = ""
+    below_critical: bool = False
 
     def __post_init__(self) -> None:
         if not self.name or self.name.startswith(".") or any(sign in self.name for sign in "/\\\0"):
@@ -207,6 +225,7 @@ class StudyConfig:
                 kernels_at=tuple(arm.kernels_at) if isinstance(arm.kernels_at, list) else None,
                 log_spaced=arm.kernels_at if isinstance(arm.kernels_at, int) else None,
                 until_train_error=arm.until_train_error,
+                evaluate_every=arm.evaluate_every,
                 data={**self.data, "init_args": {**arguments, **sizes}},
                 net={**self.net, "init_args": {**self.net.get("init_args", {}), "width": width or 1}},
             )

@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ntk_lightning.kernels.empirical.inputs import Inputs
 from ntk_lightning.kernels.empirical.layer_rules import AffineLayer, Ruled
 from ntk_lightning.kernels.empirical.network_function import NetworkFunction
-from ntk_lightning.kernels.empirical.network_state import Weights
+from ntk_lightning.kernels.empirical.network_state import Weights, functional_call
 from ntk_lightning.networks import NTKConv1d, NTKConv2d, NTKLinear
 
 __all__ = ["candidates", "hooked", "join", "layers_with_rules"]

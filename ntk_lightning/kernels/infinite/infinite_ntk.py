@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from ntk_lightning.kernels.checks import check_finite, check_inputs
 from ntk_lightning.kernels.infinite import fused, reference
-from ntk_lightning.kernels.infinite.architecture import Flatten, Layer, check_shape, parse
+from ntk_lightning.kernels.infinite.architecture import Flatten, Layer
+from ntk_lightning.kernels.infinite.lift import parse
+from ntk_lightning.kernels.infinite.shapes import check_shape
 from ntk_lightning.precision import at_least_float32, own_precision
 from ntk_lightning.progress import progress_bar
 
@@ -23,7 +25,7 @@ __all__ = ["InfiniteNTK"]
 Kind = Literal["ntk", "nngp"]
 Backend = Literal["auto", "reference", "cpu", "cuda"]
 
-_REFERENCE_BLOCK_BYTES = 2**21  # of covariances, so that they stay in the cache
+_REFERENCE_BLOCK_BYTES = 2**19  # of covariances, so that they stay in the cache
 
 _log = logging.getLogger(__name__)
 
@@ -32,8 +34,11 @@ class InfiniteNTK:
     """Infinite-width limit of a network's NTK at initialization, or of its output covariance (NNGP).
 
     Jacot et al. (2018, arXiv 1806.07572); for convolutions Arora et al. (2019, arXiv 1904.11955). The network gives the
-    architecture only: neither its width nor its weights matter, which are N(0, 1) in the limit whatever the network
-    holds, and all parameters count as trained, those with ``requires_grad=False`` too.
+    architecture only: its weights do not matter, which are random in the limit whatever the network holds, and all
+    parameters of affine layers count as trained, those with ``requires_grad=False`` too. Nor does its width, but in
+    the standard parameterization, that of plain ``nn.Linear`` and ``nn.Conv``, whose NTK grows with it (Sohl-Dickstein
+    et al., 2020, arXiv 2001.07301). Gains of layer normalization are the constant 1. Dropout is that of the mode which
+    the module is in.
 
     Inputs in float64 give a kernel in float64, all others one in float32. Correlations within a few rounding errors of
     1 count as 1, so equal inputs, and multiples of each other, are exact to rounding.
@@ -45,8 +50,9 @@ class InfiniteNTK:
     NTK of a ReLU network has kinks at equal inputs and multiples: there the gradient is the mean of both sides.
 
     Args:
-        net: ``nn.Sequential`` of this package's layers and the supported layers of ``torch.nn``, compiled by
-            ``torch.compile`` or not. As in PyTorch, sizes of layers and inputs must fit.
+        net: Any module whose ``forward`` is made of operations with a closed form, by ``torch.fx``: this package's
+            layers and the supported ones of ``torch.nn``, sums, products and concatenations of independent branches,
+            and their functions, compiled by ``torch.compile`` or not. As in PyTorch, sizes must fit.
         kind: "ntk" or "nngp".
         backend: What computes it. "reference" is plain PyTorch, in float64 on any device, for every supported
             architecture. "cpu" (float32 and float64) and "cuda" (float32) are compiled, for images and any sequence of
@@ -56,8 +62,10 @@ class InfiniteNTK:
             :meth:`backend_for` tells it.
 
     Raises:
-        TypeError: The network has a layer without a closed form, or with hooks, or uses weights twice.
-        ValueError: Its layers have no closed form in their order, or do not fit each other, or an argument is unknown.
+        TypeError: The network has an operation without a closed form, whose line the message names, or a layer with
+            hooks, or uses weights twice.
+        ValueError: Its operations have no closed form in their order, or layers do not fit each other, or an argument
+            is unknown.
 
     Example:
         >>> from ntk_lightning.networks import MLP
@@ -81,8 +89,9 @@ class InfiniteNTK:
         """Compute the Gram matrix.
 
         Args:
-            x1: Inputs (n1, d) or images (n1, C, H, W).
-            x2: Inputs (n2, ...), or None for the symmetric Gram of x1, of which one half is computed.
+            x1: Inputs (n1, d), sequences (n1, C, L) or images (n1, C, H, W).
+            x2: Inputs (n2, ...), or None for the symmetric Gram of x1, of which one half is computed. Equal inputs
+                are the same samples for dropout.
             progress: Show a progress bar.
 
         Returns:
@@ -114,7 +123,7 @@ class InfiniteNTK:
         """Compute the kernel of every input with itself.
 
         Args:
-            x: Inputs (n, d) or (n, C, H, W).
+            x: Inputs (n, d), (n, C, L) or (n, C, H, W).
 
         Returns:
             The diagonal of the Gram of x, (n,).
@@ -128,7 +137,7 @@ class InfiniteNTK:
         backend, x = self.backend_for(x), self._prepared(x)
         with own_precision(x.device.type):
             diagonal: Tensor = (
-                torch.cat([self._reference_gram(sample, None, lambda _: None)[0] for sample in x.split(1)])
+                self._reference_diagonal(x)
                 if backend == "reference"
                 else _compiled(backend).diag(self.layers, self.kind, x)
             )
@@ -139,7 +148,7 @@ class InfiniteNTK:
         """Tell what computes the kernel of such inputs.
 
         Args:
-            x: Inputs (n, d) or (n, C, H, W).
+            x: Inputs (n, d), (n, C, L) or (n, C, H, W).
             x2: The second inputs, or None; they matter where gradients are asked for.
 
         Returns:
@@ -179,7 +188,7 @@ class InfiniteNTK:
         """Check inputs without computing anything.
 
         Args:
-            x1: Inputs (n1, d) or (n1, C, H, W).
+            x1: Inputs (n1, d), (n1, C, L) or (n1, C, H, W).
             x2: Inputs (n2, ...), or None.
 
         Raises:
@@ -187,8 +196,8 @@ class InfiniteNTK:
             ValueError: Inputs are malformed or do not fit the network.
         """
         check_inputs(x1, x2)
-        if x1.dim() not in (2, 4):
-            raise ValueError(f"Inputs must be (n, features) or (n, C, H, W), got {tuple(x1.shape)}.")
+        if x1.dim() not in (2, 3, 4):
+            raise ValueError(f"Inputs must be (n, features), (n, C, L) or (n, C, H, W), got {tuple(x1.shape)}.")
         if check_shape(self.layers, tuple(x1.shape[2:]), x1.shape[1]):
             raise ValueError("The network's output still has pixels: end it in nn.Flatten and NTKLinear.")
 
@@ -196,22 +205,32 @@ class InfiniteNTK:
         """Inputs in the kernel's precision; as vectors where the network starts so, which costs the reference less."""
         return (x.flatten(1) if isinstance(self.layers[0], Flatten) else x).to(at_least_float32(x.dtype))
 
+    def _reference_diagonal(self, x: Tensor) -> Tensor:
+        network, device = reference.Network.of(self.layers, x), "cpu" if x.device.type == "mps" else x.device
+        side = max(1, _REFERENCE_BLOCK_BYTES // (network.entries() * torch.float64.itemsize))
+        blocks = (block.to(device, torch.float64) for block in x.split(side))
+        return torch.cat([reference.diagonal(network, block)[self.kind == "ntk"] for block in blocks]).to(x)
+
     def _reference_gram(self, x1: Tensor, x2: Tensor | None, advance: Callable[[float], None]) -> Tensor:
         symmetric, x2 = x2 is None, x1 if x2 is None else x2
-        pixels = x1[0, 0].numel() if x1.dim() == 4 else 1
-        side = max(1, int((_REFERENCE_BLOCK_BYTES / (pixels**2 * torch.float64.itemsize)) ** 0.5))
         device, out = "cpu" if x1.device.type == "mps" else x1.device, x1.new_empty(len(x1), len(x2))  # MPS: no float64
-        for i in range(0, len(x1), side):
-            for j in range(i if symmetric else 0, len(x2), side):
-                left = x1[i : i + side].to(device, torch.float64)
-                right = left if symmetric and i == j else x2[j : j + side].to(device, torch.float64)
-                nngp, ntk = reference.gram(self.layers, left, right)
-                block = ntk if self.kind == "ntk" else nngp
+        network = reference.Network.of(self.layers, x1)
+        side = max(1, int((_REFERENCE_BLOCK_BYTES / (network.entries() * torch.float64.itemsize)) ** 0.5))
+        rows = [block.to(device, torch.float64) for block in x1.split(side)]
+        columns = rows if symmetric else [block.to(device, torch.float64) for block in x2.split(side)]
+        same = symmetric or (x1.shape == x2.shape and torch.equal(x1, x2))
+        own1 = [reference.variances(network, block) for block in rows]
+        own2 = own1 if symmetric else [reference.variances(network, block) for block in columns]
+        for i, left in enumerate(rows):
+            for j, right in enumerate(columns[i:] if symmetric else columns, i if symmetric else 0):
+                ntk = self.kind == "ntk"
+                block = reference.pairs(network, left, right, own1[i], own2[j], ntk=ntk, same=same and i == j)[ntk]
+                places = slice(i * side, i * side + len(left)), slice(j * side, j * side + len(right))
                 if symmetric and i == j:
                     block = block.triu() + block.triu(1).T  # its two halves differ by rounding
-                out[i : i + side, j : j + side] = block
-                if symmetric and i != j:
-                    out[j : j + side, i : i + side] = block.T
+                elif symmetric:
+                    out[places[::-1]] = block.T
+                out[places] = block
                 advance(block.numel() * (1 + (symmetric and i != j)))
         return out
 
