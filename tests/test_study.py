@@ -347,9 +347,12 @@ def test_nodes_that_are_gone_have_no_room(monkeypatch: pytest.MonkeyPatch) -> No
     ray = SimpleNamespace(is_initialized=lambda: True, nodes=lambda: nodes)
     monkeypatch.setitem(sys.modules, "ray", ray)
     for cpus, slots in ((None, 3), (1, 6)):
-        with on_ray("local", Path(), Resources("local", cpus), {}) as executor:
+        with on_ray("local", Path(), Resources("local", cpus), None, ()) as executor:
             assert executor.slots == slots
-    with pytest.raises(ValueError, match="A cell asks for 8 CPUs"), on_ray("local", Path(), Resources("local", 8), {}):
+    with (
+        pytest.raises(ValueError, match="A cell asks for 8 CPUs"),
+        on_ray("local", Path(), Resources("local", 8), None, ()),
+    ):
         pass
 
 
@@ -612,6 +615,7 @@ def test_a_new_option_with_a_default_leaves_finished_cells_finished() -> None:
         {"kernels_at": (4,)},
         {"log_spaced": 4},
         {"until_train_error": 0.0},
+        {"evaluate_every": 2},
         {"data": {"class_path": "a"}},
         {"net": {"class_path": "a"}},
         {"net": {"class_path": "a", "init_args": {"width": 2}}},
@@ -631,7 +635,7 @@ def test_the_defaults_behind_the_keys_are_those_of_finished_cells() -> None:
         name: value for name, value in defaults.items() if name not in ("model", "n", "width", "seed", "optimizer")
     } == {
         **{"after": (), "after_fresh": (), "kernels_at": None, "log_spaced": None, "until_train_error": None},
-        **{"data": {}, "net": {}},
+        **{"evaluate_every": 1, "data": {}, "net": {}},
     }
     assert a_cell().key == "fb61656bb600884da78514fe"
 
