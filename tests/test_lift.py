@@ -227,6 +227,11 @@ def test_writing_in_place_into_what_is_not_used_again_is_followed() -> None:
     equal(Lambda(forward, *layers), Lambda(expected, *layers), 5)
 
 
+def test_a_single_output_may_lose_its_dimension() -> None:
+    last = NTKLinear(5, 1)
+    assert parse(Lambda(lambda x, last: last(x).squeeze(-1), last)) == parse(last)
+
+
 def test_what_the_output_does_not_need_is_not_asked_of() -> None:
     def forward(x: Tensor, last: nn.Module) -> Tensor:
         x.argmax(1)

@@ -16,6 +16,7 @@ distribution; of a concatenation of such fields it is the concatenation of their
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -128,8 +129,8 @@ class Builder:
             case Dropout():
                 return self._append(operation, value, parts=(), gaussian=False, readout=False)
             case Scale(factor):
-                if factor == 0:
-                    raise self._refusal("a product with 0 leaves nothing")
+                if factor == 0 or not math.isfinite(factor):
+                    raise self._refusal(f"a product with {factor:g} has no kernel")
                 terms = tuple((term, factor * coefficient) for term, coefficient in value.terms)
                 return self._append(operation, value, parts=self._each(operation, value), terms=terms)
             case GlobalAvgPool() | GlobalSumPool():

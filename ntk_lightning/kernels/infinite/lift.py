@@ -34,6 +34,8 @@ __all__ = ["parse"]
 _FOREIGN = tuple(f"{Path(module.__file__ or '').parent}/" for module in (torch, sys.modules["ntk_lightning"]))
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 _VIEWS = {"view", "reshape", "flatten", "squeeze", "contiguous", "dropout"}  # what may return the memory of its input
+# What a forward may raise where it asks a symbol for data
+_RAISED = TypeError, ValueError, RuntimeError, AttributeError, LookupError, ArithmeticError, NameError, AssertionError
 _VIEW_MODULES = nn.Identity, nn.Flatten, nn.Dropout
 
 
@@ -78,7 +80,7 @@ def _trace(net: nn.Module, tracer: _Tracer) -> fx.Graph:
     try:
         with torch.enable_grad():
             graph = tracer.trace(_Root(net))
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
+    except _RAISED as error:
         frames = reversed(list(traceback.walk_tb(error.__traceback__)))  # from the innermost on, as in _until_root
         place = _place(_last(frames))
         raise _Refused(

@@ -359,8 +359,7 @@ def _activated(activation: Activation, k: _Fields, left: Tensor, right: Tensor) 
 
 def _pieces(shape: torch.Size) -> Iterator[tuple[slice, ...]]:
     """Parts of a tensor whose entries lie one after another, small enough for the cache."""
-    threads = torch.get_num_threads()
-    most = 2**14 if threads == 1 else 2**15 * threads  # which PyTorch shares out
+    most = 2**15 * torch.get_num_threads()  # which PyTorch shares out
     split = next(d for d in range(len(shape)) if math.prod(shape[d + 1 :]) <= most)
     step = max(1, most // math.prod(shape[split + 1 :]))
     for lead in itertools.product(*map(range, shape[:split])):
