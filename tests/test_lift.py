@@ -136,6 +136,7 @@ ACTIVATIONS: list[tuple[Callable[[Tensor], Tensor], nn.Module]] = [
     (torch.cos, Pointwise(torch.cos)),
     (torch.exp, Pointwise(torch.exp)),
     (torch.erf, Erf()),
+    (lambda x: nn.LeakyReLU(0.1)(x), nn.LeakyReLU(0.1)),
     (lambda x: F.gelu(x, approximate="tanh"), nn.GELU("tanh")),
     (lambda x: F.elu(x, 0.5), nn.ELU(0.5)),
     (lambda x: F.softplus(x, beta=2), nn.Softplus(2)),

@@ -12,6 +12,8 @@ roots,
 and the same for the NTK of sums; of products it follows by the product rule. Equal terms add up, x + x = 2 x; other
 sums and products of dependent values are refused. An activation needs a Gaussian field whose channels all have one
 distribution; of a concatenation of such fields it is the concatenation of their activations.
+
+Longer than 300 lines because the rules of all operations stand here together, with their reasons.
 """
 
 from __future__ import annotations
