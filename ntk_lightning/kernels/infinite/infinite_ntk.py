@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Callable
+from functools import lru_cache
 from types import ModuleType
 from typing import Literal
 
@@ -26,6 +27,7 @@ Kind = Literal["ntk", "nngp"]
 Backend = Literal["auto", "reference", "cpu", "cuda"]
 
 _REFERENCE_BLOCK_BYTES = 2**19  # of covariances, so that they stay in the cache
+_VARIANCES_BYTES = 2**30
 
 _log = logging.getLogger(__name__)
 
@@ -219,12 +221,16 @@ class InfiniteNTK:
         rows = [block.to(device, torch.float64) for block in x1.split(side)]
         columns = rows if symmetric else [block.to(device, torch.float64) for block in x2.split(side)]
         same = symmetric or (x1.shape == x2.shape and torch.equal(x1, x2))
-        own1 = [reference.variances(network, block) for block in rows]
-        own2 = own1 if symmetric else [reference.variances(network, block) for block in columns]
+        most = sum(v.nbytes for v in reference.variances(network, rows[0]).values()) or 1
+
+        @lru_cache(max(2, _VARIANCES_BYTES // most))  # of all blocks, but of attention on many inputs
+        def own(blocks: int, number: int) -> reference.Variances:
+            return reference.variances(network, (rows, columns)[blocks][number])
+
         for i, left in enumerate(rows):
             for j, right in enumerate(columns[i:] if symmetric else columns, i if symmetric else 0):
-                ntk = self.kind == "ntk"
-                block = reference.pairs(network, left, right, own1[i], own2[j], ntk=ntk, same=same and i == j)[ntk]
+                own1, own2, ntk = own(0, i), own(0 if symmetric else 1, j), self.kind == "ntk"
+                block = reference.pairs(network, left, right, own1, own2, ntk=ntk, same=same and i == j)[ntk]
                 places = slice(i * side, i * side + len(left)), slice(j * side, j * side + len(right))
                 if symmetric and i == j:
                     block = block.triu() + block.triu(1).T  # its two halves differ by rounding
