@@ -128,9 +128,9 @@ INFINITE = [
     pytest.param(infinite(x=X * torch.nan), ValueError, "first in sample 0: clean the data", id="nan"),
     pytest.param(infinite(x=X / 0), ValueError, "NaN or infinite entry", id="inf"),
     pytest.param(infinite(x=X[:0]), ValueError, "at least one sample", id="empty"),
-    pytest.param(infinite(x=X[0]), ValueError, r"\(n, features\) or \(n, C, H, W\)", id="three dimensions"),
+    pytest.param(infinite(x=X[0]), ValueError, r"needs images \(n, C, H, W\)", id="three dimensions"),
     pytest.param(infinite(x=V), ValueError, "give inputs of shape", id="vectors for images"),
-    pytest.param(infinite(x=X[..., :6, :6]), ValueError, "resize or pad the images", id="pool does not divide"),
+    pytest.param(infinite(x=X[..., :3, :3]), ValueError, "image is too small", id="nothing left to pool"),
     pytest.param(lambda: InfiniteNTK(MyrtleCNN(1))(X, X.double()), ValueError, "differ in dtype", id="two dtypes"),
     pytest.param(lambda: InfiniteNTK(MyrtleCNN(1))(X, X[..., :4, :4]), ValueError, "different shapes", id="two shapes"),
     pytest.param(infinite(kind="kernel"), ValueError, '"ntk" or "nngp"', id="kind unknown"),
@@ -138,16 +138,16 @@ INFINITE = [
     pytest.param(infinite(backend="cuda"), ValueError, 'Use backend="auto"', id="backend without its device"),
     pytest.param(infinite(CONV, nn.BatchNorm2d(2), *HEAD), TypeError, "Supported: NTKLinear", id="batch norm"),
     pytest.param(infinite(CONV, nn.MaxPool2d(2), *HEAD), TypeError, r"net\.1 is MaxPool2d", id="max pool"),
-    pytest.param(
-        infinite(nn.Flatten(), nn.Linear(192, 1)), TypeError, r"net\.1 is Linear.*Supported", id="torch linear"
-    ),
+    pytest.param(infinite(nn.Flatten(), nn.LSTM(192, 1)), TypeError, r"net\.1 is LSTM.*Supported", id="recurrent"),
     pytest.param(infinite(CONV, nn.PReLU(), *HEAD), TypeError, r"nn\.LeakyReLU", id="PReLU"),
-    pytest.param(infinite(CONV, nn.AvgPool2d((2, 1)), *HEAD), TypeError, "only square windows", id="oblong pool"),
+    pytest.param(
+        infinite(CONV, nn.AvgPool2d(2, ceil_mode=True), *HEAD), TypeError, "is AvgPool2d", id="pool that exceeds"
+    ),
     pytest.param(infinite(CONV, nn.AvgPool2d(0), *HEAD), ValueError, "at least one pixel", id="pool of nothing"),
     pytest.param(infinite(nn.ReLU(), *HEAD), ValueError, "Put an affine layer", id="activation first"),
     pytest.param(infinite(CONV, nn.Flatten(), nn.ReLU(), HEAD[1]), ValueError, "swap the two", id="ReLU after flatten"),
     pytest.param(infinite(CONV, nn.Flatten()), ValueError, "must end in an NTKLinear", id="no readout"),
-    pytest.param(infinite(Residual(nn.ReLU()), *HEAD), ValueError, "must end in an affine layer", id="residual"),
+    pytest.param(infinite(Residual(nn.ReLU()), *HEAD), ValueError, "the end of every branch", id="residual"),
     pytest.param(infinite(NTKConv2d(3, 1, 9, "valid"), *HEAD), ValueError, "image is too small", id="image too small"),
     pytest.param(infinite(x=1e30 * X), FloatingPointError, "in float64, or scale", id="overflow"),
     pytest.param(lambda: InfiniteNTK(A or "Myrtle"), TypeError, "Supported", id="not a module"),

@@ -85,6 +85,7 @@ class Builder:
         self.input = Value(0, ((0, 1.0),), frozenset({0}), alike=False)
         self.where = ""
         self._nodes: list[Node] = []
+        self._made: dict[Node, Value] = {}  # what has been computed, and need not be again
         self._values = [self.input]
 
     def apply(self, operation: Operation, value: Value) -> Value:
@@ -234,6 +235,8 @@ class Builder:
             The concatenation.
         """
         parts = [part for value in values for part in value.parts or (value,)]
+        if len(parts) == 1:
+            return parts[0]
         widths = tuple(part.width for part in parts)
         known = None if None in widths else sum(width or 0 for width in widths)
         return self._append(
@@ -279,7 +282,10 @@ class Builder:
 
     def _append(self, operation: Operation, *values: Value, **known: object) -> Value:
         """A new value, for which holds what holds for its inputs, but for what is known of it."""
-        self._nodes.append(Node(operation, tuple(value.index for value in values)))
+        node = Node(operation, tuple(value.index for value in values))
+        if node in self._made:
+            return self._made[node]
+        self._nodes.append(node)
         changes: dict[str, object] = {"index": len(self._nodes), "terms": ((len(self._nodes), 1.0),)}
         if len(values) > 1:
             changes |= {
@@ -293,6 +299,8 @@ class Builder:
             }
         value = replace(values[0], **changes | known)  # type: ignore[arg-type]  # of the fields' types each
         self._values.append(value)
+        if not isinstance(operation, Linear | Conv | Attention | Dropout):  # which have weights or masks of their own
+            self._made[node] = value
         return value
 
     def _check_activation(self, activation: Activation, value: Value) -> None:

@@ -17,6 +17,7 @@ from ntk_lightning.kernels.infinite.architecture import Graph, Layer
 from ntk_lightning.kernels.infinite.graphs import to_layers
 from ntk_lightning.kernels.infinite.independence import Builder, Value
 from ntk_lightning.kernels.infinite.read_functions import FUNCTIONS, METHODS, NotSupported, apply_module
+from ntk_lightning.kernels.infinite.read_modules import supported
 from ntk_lightning.kernels.infinite.tracing import Recorded, Refused, at, no_kernel, record
 
 __all__ = ["parse"]
@@ -49,7 +50,7 @@ def parse(net: nn.Module) -> tuple[Layer, ...]:
 bias_std=0.0))
     """
     if not isinstance(net, nn.Module):
-        raise TypeError(f"The infinite-width kernel is that of an nn.Module, got {net!r}.")
+        raise TypeError(f"The infinite-width kernel is that of an nn.Module, got {net!r}. Supported: {supported()}.")
     try:
         return to_layers(_translate(record(net)))
     except Refused as refused:
