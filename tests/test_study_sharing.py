@@ -13,7 +13,8 @@ import torch
 
 from ntk_lightning.callbacks import AfterKernel
 from ntk_lightning.datamodules import SyntheticTeacher
-from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK
+from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK, KernelStore
+from ntk_lightning.kernels.grams.stored import stored_gram_and_cross
 from ntk_lightning.networks import MLP
 from ntk_lightning.studies import Arm, FigureConfig, Grid, StudyConfig, read_study, run_study
 from ntk_lightning.studies import executors as executors_module
@@ -257,3 +258,29 @@ def test_a_finished_study_computes_nothing(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(study_module, "tell_above_critical", lambda *_: pytest.fail("measured again"))
     monkeypatch.setattr("ntk_lightning.studies.cell.run_cell", lambda *_, **__: pytest.fail("run again"))
     assert read_study(run_study(config, tmp_path, cpus=1)).rows == first
+
+
+def linear(counted: list[int]) -> Any:  # noqa: ANN401 - a kernel with a name
+    def kernel(x1: torch.Tensor, x2: torch.Tensor | None = None, *, progress: bool = False) -> torch.Tensor:
+        counted.append(len(x1) * (len(x1) + 1) // 2 if x2 is None else len(x1) * len(x2))
+        return x1 @ (x1 if x2 is None else x2).T
+
+    kernel.fingerprint = "linear"  # type: ignore[attr-defined]
+    return kernel
+
+
+@pytest.mark.parametrize("m", [20, 130, 600])
+def test_stored_grams_have_hardly_a_pair_of_test_samples(m: int, tmp_path: Path) -> None:
+    x, test, counted = torch.randn(30, 3), torch.randn(m, 3), list[int]()
+    gram, cross = stored_gram_and_cross(linear(counted), tmp_path, progress=False)(x, test)
+    torch.testing.assert_close(gram, x @ x.T)
+    torch.testing.assert_close(cross, test @ x.T)
+    needed = 30 * 31 // 2 + 30 * m
+    assert needed <= sum(counted) <= 1.1 * needed
+
+
+def test_blocks_that_an_earlier_version_stored_are_read(tmp_path: Path) -> None:
+    x, test, counted = torch.randn(30, 3), torch.randn(600, 3), list[int]()
+    KernelStore(tmp_path, linear([]), torch.cat([test, x]), block=64).compute(progress=False)
+    stored_gram_and_cross(linear(counted), tmp_path, progress=False)(x, test)
+    assert counted == []

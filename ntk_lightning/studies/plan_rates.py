@@ -83,10 +83,8 @@ class Rates:
         batch = _FULL_BATCH if optimizer.full_batch else optimizer.batch_size
         key = json.dumps([cell.model, dict(cell.net), batch], sort_keys=True)
         if key not in self._training:
-            n, m = (
-                min(4 * batch, max(cell.n, self.loaded.pool // 2)),
-                min(64, cell.data.get("init_args", {}).get("n_test", 64)),
-            )
+            tested = cell.data.get("init_args", {}).get("n_test", 1000)
+            n, m, many = min(4 * batch, max(cell.n, self.loaded.pool // 2)), min(64, tested), min(500, tested)
             small = replace(
                 _of_size(cell, n, m),
                 after=(),
@@ -96,11 +94,11 @@ class Rates:
                 until_train_error=None,
                 optimizer=replace(optimizer, batch_size=batch, full_batch=False),
             )
-            data, net = _built(small, self.loaded)
+            data, net = _built(_of_size(cell, 1, many), self.loaded)
             assert data.test_set is not None
             x = data.test_set.x
             with torch.no_grad():
-                forward = _best(lambda: net(x)) / m
+                forward = _best(lambda: net(x)) / many
 
             def run(epochs: int) -> float:
                 config = replace(small.optimizer, epochs=epochs)
