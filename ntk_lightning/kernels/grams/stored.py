@@ -27,15 +27,15 @@ def block_side(m: int) -> int:
         m: Samples that stay the same while the training set grows, from which the side must be chosen alone.
 
     Returns:
-        The number, of which m is a multiple, or a little less: a block that holds both test and training samples would
-        have pairs of test samples, which nothing asks for.
+        The number, of which m is a multiple, or a little more: the test samples of a block that holds training samples
+        too are paired with all others, which nothing asks for.
 
     Example:
         >>> [block_side(m) for m in (256, 1000, 2000, 10048)]
-        [64, 250, 250, 1005]
+        [64, 250, 250, 1004]
     """
     parts = -(-m // (64 if m < 512 else 256 if m < 4096 else 1024))
-    return -(-m // parts) if parts else 64
+    return m // parts if parts else 64
 
 
 def _earlier_block_side(m: int) -> int:
