@@ -25,7 +25,7 @@ from ntk_lightning.studies.shared_gram import infinite_kernel
 __all__ = ["Rates"]
 
 _ROWS_BYTES = 2**27  # of the gradients that are formed to measure with
-_FITTED = 256  # images that a network is trained to fit
+_FITTED = 128  # images that a network is trained to fit
 _FULL_BATCH = 128  # samples of a step that stands for one of the whole training set
 
 
@@ -118,15 +118,15 @@ class Rates:
         return self._training[key]
 
     def epochs_to_fit(self, cell: Cell) -> int:
-        """Train a network like the cell's on at most 256 of its images, until it fits them.
+        """Train a network like the cell's on at most 128 images, until it fits them.
 
         Args:
             cell: A cell that trains a network until it fits its training set.
 
         Returns:
-            The epochs, which larger sets are taken to need too.
+            The epochs, which other sizes are taken to need too.
         """
-        n = min(cell.n, _FITTED)
+        n = min(_FITTED, self.loaded.pool)
         key = json.dumps(
             [dict(cell.net), repr(replace(cell.optimizer, seed=0)), cell.until_train_error, n], sort_keys=True
         )
