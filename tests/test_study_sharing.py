@@ -137,6 +137,11 @@ def test_a_network_that_is_measured_seldom_ends_with_a_measurement(tmp_path: Pat
     assert row["curve_steps"] == [4]  # it fits at once, and may stop after two epochs of two steps
 
 
+def test_a_run_must_end_with_a_measurement() -> None:
+    with pytest.raises(ValueError, match="evaluate_every = 2 must divide epochs = 3"):
+        study(Arm("network", evaluate_every=2)).cells()
+
+
 def test_critical_rates_are_those_of_the_grams(capsys: pytest.CaptureFixture[str]) -> None:
     config = study(Arm("empirical NTK", "empirical"), Arm("infinite NTK", "infinite"))
     rates = {(each.arm, each.n, each.seed): each.rate for each in critical_rates(config, [5], "1GB")}

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,6 +93,7 @@ class Rates:
                 kernels_at=None,
                 log_spaced=None,
                 until_train_error=None,
+                evaluate_every=1,
                 optimizer=replace(optimizer, batch_size=batch, full_batch=False),
             )
             data, net = _built(_of_size(cell, 1, many), self.loaded)
@@ -131,7 +133,8 @@ class Rates:
             [dict(cell.net), repr(replace(cell.optimizer, seed=0)), cell.until_train_error, n], sort_keys=True
         )
         if key not in self._to_fit:
-            small = replace(_of_size(cell, n, 1), after=(), after_fresh=(), kernels_at=None, log_spaced=None)
+            kernels: dict[str, Any] = {"after": (), "after_fresh": (), "kernels_at": None, "log_spaced": None}
+            small = replace(_of_size(cell, n, 1), **kernels)
             data, net = _built(small, self.loaded)
             trained, _ = train(small, FiniteNetwork(net, small.optimizer), data, self.memory)
             self._to_fit[key] = round(trained.steps / small.optimizer.steps_per_epoch(n))
