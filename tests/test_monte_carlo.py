@@ -166,6 +166,11 @@ class Skip(nn.Module):
         return out
 
 
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(2, 1, 8, batch_first=True)
+    return nn.Sequential(nn.Unflatten(1, (2, 2)), layer, nn.Flatten(), nn.Linear(4, 1))
+
+
 def tied() -> nn.Module:
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1))
     net[1].weight = net[0].weight
@@ -182,6 +187,10 @@ def tied() -> nn.Module:
         (lambda: MLP(2, 1, 4), {"seeds": [1, 1]}, ValueError, "at least two different ones"),
         (lambda: MLP(2, 1, 4), {"seeds": [1, 2.0]}, TypeError, "whole numbers"),
         (lambda: MLP(2, 1, 4), {"seeds": "ab"}, TypeError, "seeds must be"),
+        (lambda: MLP(2, 1, 4), {"seeds": [-1, 2]}, ValueError, "seeds must be at least 0"),
+        (lambda: torch.sin, {}, TypeError, "net must be an nn.Module"),
+        (encoder, {}, ValueError, r"cannot draw this network's masks: call net.eval\(\)"),
+        (lambda: nn.Sequential(nn.Unflatten(1, (2, 2)), nn.GRU(2, 3)), {}, ValueError, "1 samples gave tuple: wrap it"),
         (lambda: MLP(2, 1, 4), {"kind": "both"}, ValueError, "kind must be"),
         (lambda: MLP(2, 1, 4), {"width_factor": 0}, ValueError, "width_factor must be at least 1"),
         (lambda: MLP(2, 1, 4), {"width_factor": 1.5}, TypeError, "width_factor must be a whole number"),

@@ -18,7 +18,6 @@ from torch.nn.parameter import is_lazy
 from ntk_lightning.kernels.checks import check_finite, check_inputs
 from ntk_lightning.kernels.empirical.empirical_ntk import EmpiricalNTK
 from ntk_lightning.kernels.empirical.memory_plan import parse_bytes
-from ntk_lightning.kernels.empirical.network_function import select_output
 from ntk_lightning.kernels.empirical.network_state import Weights, copy_network, usable
 from ntk_lightning.kernels.empirical.sample_independence import agree, check_modes
 from ntk_lightning.kernels.empirical.standard_layers import is_standard
@@ -69,8 +68,8 @@ def monte_carlo(
 
     Raises:
         TypeError: Inputs are not floating-point tensors, or a seed or factor is not a whole number.
-        ValueError: Fewer than two seeds, an unknown kind, a layer whose initialization or whose width is not known, no
-            parameter to differentiate, or the network mixes samples.
+        ValueError: Fewer than two seeds or one out of range, an unknown kind, a layer whose initialization or width is
+            not known, no parameter to differentiate, or the network mixes samples or gives something else than outputs.
         FloatingPointError: An output or gradient is not finite.
 
     Example:
@@ -80,6 +79,8 @@ def monte_carlo(
         (tensor([[0.5000, 0.0000],
                 [0.0000, 0.5000]]), tensor(0.))
     """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net must be an nn.Module, got {net!r}.")
     check_inputs(x1, x2)
     check_size("width_factor", width_factor, 1)
     numbers = _check_seeds(seeds)
@@ -123,6 +124,8 @@ def _check_seeds(seeds: object) -> list[int]:
         numbers = list(range(seeds if is_whole(seeds) else 0))
     if not all(is_whole(seed) for seed in numbers):
         raise TypeError(f"seeds must be how many, or whole numbers, got {seeds!r}.")
+    if not all(0 <= seed < 2**63 for seed in numbers):
+        raise ValueError(f"seeds must be at least 0 and less than 2^63, got {seeds!r}.")
     if len(numbers) < 2 or len(set(numbers)) < len(numbers):
         raise ValueError(f"seeds must be at least two different ones, got {seeds!r}: one has no standard error.")
     return [int(seed) for seed in numbers]
@@ -150,6 +153,7 @@ class _Ensemble:
         """Kernels (s, n1, n2), of as many seeds at once as the budget holds."""
         chunk = min(len(seeds), self.budget // max(self._nbytes(), 1))
         masks = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0 for m in self.net.modules())
+        # with masks there is nothing to compare with: no two calls give the same
         if chunk and not masks and not is_standard(self.net) and not self._vmap_is_right(seeds[0]):
             chunk = 0
         for start in range(0, len(seeds), max(chunk, 1)):
@@ -161,7 +165,7 @@ class _Ensemble:
         rows = 1
         if self.ntk:
             with torch.no_grad():
-                outputs = select_output(None, self.net(self.x1[:1].cpu()), 1)
+                outputs = _outputs(self.net(self.x1[:1].cpu()), 1)
             rows = 2 * outputs.numel() * len(self._all_inputs())
         return self.x1.element_size() * size * (rows + 1)
 
@@ -176,12 +180,19 @@ class _Ensemble:
         names = {name for name, parameter in self.net.named_parameters() if parameter.requires_grad}
         trained = {name: value for name, value in stacked.items() if name in names}
         frozen = {name: value for name, value in stacked.items() if name not in names}
-        kernels: Tensor = vmap(self._ntk if self.ntk else self._nngp, randomness="different")(trained, frozen)
+        try:
+            kernels: Tensor = vmap(self._ntk if self.ntk else self._nngp, randomness="different")(trained, frozen)
+        except RuntimeError as error:
+            if "randomness" in str(error):
+                raise ValueError(
+                    f"vmap cannot draw this network's masks: call net.eval(). Its words: {error}"
+                ) from error
+            raise
         return kernels
 
     def _outputs(self, trained: Weights, frozen: Weights, x: Tensor) -> Tensor:
         """Outputs (n, C)."""
-        return select_output(None, functional_call(self.net, {**trained, **frozen}, (x,)), len(x)).reshape(len(x), -1)
+        return _outputs(functional_call(self.net, {**trained, **frozen}, (x,)), len(x))
 
     def _nngp(self, trained: Weights, frozen: Weights) -> Tensor:
         return self._pair(self._outputs(trained, frozen, self._all_inputs())[..., None])
@@ -221,3 +232,16 @@ class _Ensemble:
             _log.info("The networks of %s are computed one by one: %s", type(self.net).__name__, error)
             return False
         return agree(found, expected, 1e-10, 1e-3)
+
+
+def _outputs(returned: object, n: int) -> Tensor:
+    """What a network returns for n samples, as (n, C)."""
+    if isinstance(returned, Tensor) and returned.dim() == 0 and n == 1:  # (1, 1) without its dimensions, by squeeze()
+        returned = returned.reshape(1)
+    if not isinstance(returned, Tensor) or returned.dim() not in (1, 2) or len(returned) != n:
+        got = f"shape {tuple(returned.shape)}" if isinstance(returned, Tensor) else type(returned).__name__
+        raise ValueError(
+            f"The network must map (n, ...) to (n,) or (n, outputs), {n} samples gave {got}: wrap it in a module that "
+            "selects the outputs."
+        )
+    return returned.reshape(n, -1)

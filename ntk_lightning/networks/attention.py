@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ntk_lightning.networks.layers import check_scales
+from ntk_lightning.networks.affine import check_scales
 from ntk_lightning.whole_number import check_size, check_whole
 
 __all__ = ["SelfAttention"]

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from ntk_lightning.networks.affine import NTKLinear, check_scales
 from ntk_lightning.networks.convolutions import NTKConv1d, NTKConv2d
-from ntk_lightning.networks.layers import NTKLinear, check_scales
 
 __all__ = ["ntk_parameterize"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ntk_lightning.networks.affine import NTKLayer
 from ntk_lightning.networks.attention import SelfAttention
-from ntk_lightning.networks.layers import NTKLayer
 
 __all__ = ["redraw", "widened"]
 

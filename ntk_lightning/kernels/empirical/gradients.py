@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, jvp, vjp, vmap
+from torch.func import jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -19,7 +19,7 @@ from ntk_lightning.kernels.empirical.derivatives import jvp_by_reverse
 from ntk_lightning.kernels.empirical.inputs import Inputs
 from ntk_lightning.kernels.empirical.layer_rules import candidates, hooked, join, layers_with_rules
 from ntk_lightning.kernels.empirical.network_function import NetworkFunction
-from ntk_lightning.kernels.empirical.network_state import Weights, usable
+from ntk_lightning.kernels.empirical.network_state import Weights, functional_call, usable
 from ntk_lightning.kernels.empirical.rows import Rows
 
 __all__ = ["GradientRows"]

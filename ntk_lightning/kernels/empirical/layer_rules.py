@@ -31,12 +31,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from ntk_lightning.kernels.empirical.inputs import Inputs
 from ntk_lightning.kernels.empirical.network_function import NetworkFunction
-from ntk_lightning.kernels.empirical.network_state import Weights
+from ntk_lightning.kernels.empirical.network_state import Weights, functional_call
 from ntk_lightning.networks import NTKConv2d, NTKLinear
 
 __all__ = ["AffineLayer", "Way", "candidates", "hooked", "join", "layers_with_rules"]

@@ -58,6 +58,7 @@ class Value:
         readout: Whether each of its channels is an affine readout, of the network's last affine layer.
         parts: What it is the concatenation of.
         width: Number of its channels or features, None where that follows from the inputs.
+        axes: Number of its spatial axes, None where that follows from the inputs.
     """
 
     index: int
@@ -71,13 +72,11 @@ class Value:
     readout: bool = False
     parts: tuple[Value, ...] = ()
     width: int | None = None
+    axes: int | None = None
 
 
 class Builder:
-    """Builds a graph, operation by operation, and refuses those without a closed form.
-
-    ``where`` stands before every message; whoever builds sets it to the place of the next operation.
-    """
+    """Builds a graph, and refuses what has no closed form; ``where`` is the place of the next operation."""
 
     def __init__(self) -> None:
         self.input = Value(0, ((0, 1.0),), frozenset({0}), alike=False)
@@ -117,6 +116,7 @@ class Builder:
                     readout=True,
                     parts=(),
                     width=operation.fan_out,
+                    axes=0 if isinstance(operation, Linear) else getattr(operation, "axes", value.axes),
                 )
             case Norm():
                 if not value.centered:
@@ -133,11 +133,14 @@ class Builder:
                 terms = tuple((term, factor * coefficient) for term, coefficient in value.terms)
                 return self._append(operation, value, parts=self._each(operation, value), terms=terms)
             case GlobalAvgPool() | GlobalSumPool():
-                return self._append(operation, value, parts=self._each(operation, value), pooled=True)
-            case Flatten() if not value.pooled:
-                return self._append(operation, value, parts=(), flat=True, alike=False, width=None)
-            case Flatten() | Pool():
-                return self._append(operation, value, parts=self._each(operation, value))
+                axes = operation.axes or value.axes
+                return self._append(operation, value, parts=self._each(operation, value), pooled=True, axes=axes)
+            case Flatten() if not value.pooled and value.axes != 0:
+                return self._append(operation, value, parts=(), flat=True, alike=False, width=None, axes=0)
+            case Flatten():
+                return self._append(operation, value, parts=self._each(operation, value), axes=0)
+            case Pool():
+                return self._append(operation, value, parts=self._each(operation, value), axes=operation.axes)
         raise NotImplementedError(f"{operation} has not one input.")
 
     def add(self, left: Value, right: Value) -> Value:
@@ -282,6 +285,7 @@ class Builder:
                 "flat": any(value.flat for value in values),
                 "pooled": all(value.pooled for value in values),
                 "width": next((value.width for value in values if value.width is not None), None),
+                "axes": next((value.axes for value in values if value.axes is not None), None),
                 "parts": (),
             }
         value = replace(values[0], **changes | known)  # type: ignore[arg-type]  # of the fields' types each
@@ -292,7 +296,7 @@ class Builder:
         if not value.gaussian:
             raise self._refusal(
                 f"{activation} has no closed form where it stands: its input must be Gaussian. Put an affine layer "
-                "(NTKLinear or NTKConv2d) before it"
+                "(NTKLinear or NTKConv2d) before it; before a sum, at the end of every branch"
             )
         if value.flat:
             raise self._refusal(
@@ -301,4 +305,4 @@ class Builder:
             )
 
     def _refusal(self, message: str) -> ValueError:
-        return ValueError(f"{self.where}{': ' if self.where else ''}{message}.")
+        return ValueError(f"{self.where}: {message}." if self.where else f"{message}.")

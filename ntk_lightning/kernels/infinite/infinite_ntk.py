@@ -34,8 +34,11 @@ class InfiniteNTK:
     """Infinite-width limit of a network's NTK at initialization, or of its output covariance (NNGP).
 
     Jacot et al. (2018, arXiv 1806.07572); for convolutions Arora et al. (2019, arXiv 1904.11955). The network gives the
-    architecture only: neither its width nor its weights matter, which are N(0, 1) in the limit whatever the network
-    holds, and all parameters count as trained, those with ``requires_grad=False`` too.
+    architecture only: its weights do not matter, which are random in the limit whatever the network holds, and all
+    parameters of affine layers count as trained, those with ``requires_grad=False`` too. Nor does its width, but in
+    the standard parameterization, that of plain ``nn.Linear`` and ``nn.Conv``, whose NTK grows with it (Sohl-Dickstein
+    et al., 2020, arXiv 2001.07301). Gains of layer normalization are the constant 1. Dropout is that of the mode which
+    the module is in.
 
     Inputs in float64 give a kernel in float64, all others one in float32. Correlations within a few rounding errors of
     1 count as 1, so equal inputs, and multiples of each other, are exact to rounding.
@@ -47,8 +50,9 @@ class InfiniteNTK:
     NTK of a ReLU network has kinks at equal inputs and multiples: there the gradient is the mean of both sides.
 
     Args:
-        net: ``nn.Sequential`` of this package's layers and the supported layers of ``torch.nn``, compiled by
-            ``torch.compile`` or not. As in PyTorch, sizes of layers and inputs must fit.
+        net: Any module whose ``forward`` is made of operations with a closed form, by ``torch.fx``: this package's
+            layers and the supported ones of ``torch.nn``, sums, products and concatenations of independent branches,
+            and their functions, compiled by ``torch.compile`` or not. As in PyTorch, sizes must fit.
         kind: "ntk" or "nngp".
         backend: What computes it. "reference" is plain PyTorch, in float64 on any device, for every supported
             architecture. "cpu" (float32 and float64) and "cuda" (float32) are compiled, for images and any sequence of
@@ -58,8 +62,10 @@ class InfiniteNTK:
             :meth:`backend_for` tells it.
 
     Raises:
-        TypeError: The network has a layer without a closed form, or with hooks, or uses weights twice.
-        ValueError: Its layers have no closed form in their order, or do not fit each other, or an argument is unknown.
+        TypeError: The network has an operation without a closed form, whose line the message names, or a layer with
+            hooks, or uses weights twice.
+        ValueError: Its operations have no closed form in their order, or layers do not fit each other, or an argument
+            is unknown.
 
     Example:
         >>> from ntk_lightning.networks import MLP
@@ -83,8 +89,9 @@ class InfiniteNTK:
         """Compute the Gram matrix.
 
         Args:
-            x1: Inputs (n1, d) or images (n1, C, H, W).
-            x2: Inputs (n2, ...), or None for the symmetric Gram of x1, of which one half is computed.
+            x1: Inputs (n1, d), sequences (n1, C, L) or images (n1, C, H, W).
+            x2: Inputs (n2, ...), or None for the symmetric Gram of x1, of which one half is computed. Equal inputs
+                are the same samples for dropout.
             progress: Show a progress bar.
 
         Returns:
@@ -116,7 +123,7 @@ class InfiniteNTK:
         """Compute the kernel of every input with itself.
 
         Args:
-            x: Inputs (n, d) or (n, C, H, W).
+            x: Inputs (n, d), (n, C, L) or (n, C, H, W).
 
         Returns:
             The diagonal of the Gram of x, (n,).
@@ -141,7 +148,7 @@ class InfiniteNTK:
         """Tell what computes the kernel of such inputs.
 
         Args:
-            x: Inputs (n, d) or (n, C, H, W).
+            x: Inputs (n, d), (n, C, L) or (n, C, H, W).
             x2: The second inputs, or None; they matter where gradients are asked for.
 
         Returns:
@@ -181,7 +188,7 @@ class InfiniteNTK:
         """Check inputs without computing anything.
 
         Args:
-            x1: Inputs (n1, d) or (n1, C, H, W).
+            x1: Inputs (n1, d), (n1, C, L) or (n1, C, H, W).
             x2: Inputs (n2, ...), or None.
 
         Raises:

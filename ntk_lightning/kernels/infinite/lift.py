@@ -7,8 +7,10 @@ and so is what they call in turn; what is recorded is translated, operation by o
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import operator
+import random
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,9 +20,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from ntk_lightning.kernels.infinite.architecture import Layer, to_layers
+from ntk_lightning.kernels.infinite.architecture import Layer
+from ntk_lightning.kernels.infinite.graphs import to_layers
 from ntk_lightning.kernels.infinite.independence import Builder, Value
 from ntk_lightning.kernels.infinite.read_functions import FUNCTIONS, METHODS, NotSupported, apply_module
 from ntk_lightning.kernels.infinite.read_modules import known_class, supported
@@ -29,6 +33,8 @@ __all__ = ["parse"]
 
 _FOREIGN = tuple(f"{Path(module.__file__ or '').parent}/" for module in (torch, sys.modules["ntk_lightning"]))
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
+_VIEWS = {"view", "reshape", "flatten", "squeeze", "contiguous", "dropout"}  # what may return the memory of its input
+_VIEW_MODULES = nn.Identity, nn.Flatten, nn.Dropout
 
 
 class _Refused(Exception):
@@ -68,8 +74,10 @@ bias_std=0.0))
 
 def _trace(net: nn.Module, tracer: _Tracer) -> fx.Graph:
     """Record the forward."""
+    states = torch.get_rng_state(), random.getstate()
     try:
-        return tracer.trace(_Root(net))
+        with torch.enable_grad():
+            graph = tracer.trace(_Root(net))
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
         frames = reversed(list(traceback.walk_tb(error.__traceback__)))  # from the innermost on, as in _until_root
         place = _place(_last(frames))
@@ -78,6 +86,14 @@ def _trace(net: nn.Module, tracer: _Tracer) -> fx.Graph:
             "forward must map one tensor to one, without decisions that depend on its values or sizes. "
             f"Supported: {supported()}."
         ) from error
+    if not torch.equal(states[0], torch.get_rng_state()) or states[1] != random.getstate():
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        raise _Refused(
+            "The forward of the network draws random numbers outside of nn.Dropout: its infinite-width kernel is "
+            "unknown. Take them out, or call .eval() if they are for training."
+        )
+    return graph
 
 
 class _Root(nn.Module):
@@ -106,6 +122,9 @@ class _Symbol(fx.Proxy):
     def __itruediv__(self, other: Any) -> fx.Proxy:  # noqa: ANN401
         return self._in_place(operator.itruediv, other)
 
+    def __setitem__(self, index: Any, value: Any) -> None:  # noqa: ANN401
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
     def _in_place(self, function: Callable[..., Any], other: Any) -> fx.Proxy:  # noqa: ANN401
         return self.tracer.create_proxy("call_function", function, (self, other), {})
 
@@ -124,7 +143,9 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:  # noqa: ANN401
         node = super().create_node(*args, **kwargs)
-        self.lines[node] = _place(_last(_until_root(sys._getframe(1))))
+        place = self.lines[node] = _place(_last(_until_root(sys._getframe(1))))
+        if not torch.is_grad_enabled():
+            raise _Refused(f"{place or node.target} runs without gradients, so it has no NTK: take it out of no_grad.")
         return node
 
     def call_module(
@@ -135,7 +156,7 @@ class _Tracer(fx.Tracer):
         dynamo = sys.modules.get("torch._dynamo.eval_frame")  # not loaded before something is compiled
         compiled = dynamo is not None and isinstance(m, dynamo.OptimizedModule)
         known = known_class(m)
-        _check_hooks(m, path, "compiled module" if compiled else (known or type(m)).__name__)
+        _check_module(m, path, "compiled module" if compiled else (known or type(m)).__name__)
         if compiled:
             return self.call_module(m._orig_mod, m._orig_mod.forward, args, kwargs)  # type: ignore[union-attr, arg-type]
         if known is None and not super().is_leaf_module(m, path):
@@ -203,6 +224,10 @@ def _value(node: fx.Node, values: dict[fx.Node, Any], builder: Builder, tracer: 
                 return METHODS[name](builder, *args, **kwargs)
     except NotSupported as unsupported:
         reason = str(unsupported)
+    except TypeError as error:
+        if node.op == "call_module":
+            raise
+        reason = str(error)  # of arguments that the entry does not take
     what = {"call_method": f"Tensor.{node.target}", "get_attr": f"{node.target}, a tensor outside of a layer,"}
     if node.op == "call_module":
         subject = f"{node.target} is {tracer.modules[str(node.target)]}"
@@ -213,28 +238,43 @@ def _value(node: fx.Node, values: dict[fx.Node, Any], builder: Builder, tracer: 
 
 def _check_in_place(graph: fx.Graph, tracer: _Tracer) -> None:
     """Refuse to write into what is used again: the later use would see what was written."""
+    memory: dict[fx.Node, fx.Node] = {}  # of each value, the first that lies where it does
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         module = tracer.modules.get(str(node.target)) if node.op == "call_module" else None
-        writes = node.target in _IN_PLACE or bool(getattr(module, "inplace", False) or node.kwargs.get("inplace"))
-        if (str(node.target).endswith("_") and node.op == "call_method") or node.target is operator.setitem:
-            raise _Refused(_no_kernel(f"{node.target}, which writes in place,", tracer.lines[node]))
-        if not writes or not isinstance(node.args[0], fx.Node):
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        place = tracer.lines[node]
+        if node.op != "call_module" and ((name.endswith("_") and name[:1] != "_") or "out" in node.kwargs):
+            raise _Refused(_no_kernel(f"{name}, which writes in place,", place))
+        if node.target is operator.setitem:
+            raise _Refused(_no_kernel("An assignment to a part of a value, which writes in place,", place))
+        first = next(iter(node.args), None)
+        first = first if isinstance(first, fx.Node) else None
+        writes = node.target in _IN_PLACE or bool(getattr(module, "inplace", False)) or _asked_in_place(node)
+        if first is not None and (writes or name in _VIEWS or isinstance(module, _VIEW_MODULES)):
+            memory[node] = memory.get(first, first)
+        if first is None or not writes:
             continue
-        written = {node.args[0]}
-        for other in graph.nodes:  # names of the same memory
-            module = tracer.modules.get(str(other.target)) if other.op == "call_module" else None
-            alias = other.target in ("view", "reshape", "flatten", "contiguous") or other.target is torch.flatten
-            if (alias or isinstance(module, nn.Identity | nn.Flatten | nn.Dropout)) and other.args[0] in written:
-                written.add(other)
-        if any(order[user] > order[node] for value in written for user in value.users):
+        names = [other for other in graph.nodes if memory.get(other, other) is memory[node] and other is not node]
+        if any(order[user] > order[node] for other in names if order[other] < order[node] for user in other.users):
             raise _Refused(
-                f"{tracer.lines[node] or node.target} writes in place into a value that is used again: leave inplace "
-                "out, and write x = x + y."
+                f"{place or node.target} writes in place into a value that is used again: leave inplace out, and write "
+                "x = x + y."
             )
 
 
-def _check_hooks(module: nn.Module, path: str, kind: str) -> None:
+def _asked_in_place(node: fx.Node) -> bool:
+    """Whether a function is called with inplace=True."""
+    try:
+        arguments = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # no function, or written in C
+        return False
+    return bool(arguments.get("inplace", False))
+
+
+def _check_module(module: nn.Module, path: str, kind: str) -> None:
+    if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
+        raise _Refused(f"{path} has no sizes yet: run the network on data once.")
     if module._forward_hooks or module._forward_pre_hooks or is_parametrized(module):
         raise _Refused(
             f"{path} has forward hooks or parametrizations, which can change what a {kind} computes: remove "
