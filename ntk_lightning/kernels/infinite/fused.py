@@ -25,16 +25,17 @@ Longer than 300 lines for the formulas above, which both backends rest on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ntk_lightning.kernels.infinite.activations import ACTIVATIONS, Activation, dual_activation
-from ntk_lightning.kernels.infinite.architecture import Conv, Flatten, GlobalAvgPool, Layer, Linear, Pool
+from ntk_lightning.kernels.infinite.architecture import Conv, Flatten, GlobalAvgPool, Layer, Linear, Pool, Sum
+from ntk_lightning.kernels.infinite.fused_cpu_program import Unsupported, read
 
 __all__ = [
     "Convolution",
@@ -108,6 +109,12 @@ def unsupported(layers: Sequence[Layer], shape: tuple[int, ...], backend: str) -
     """
     if len(shape) != 2:
         return "its inputs are vectors, not images"
+    if backend == "cpu":
+        try:
+            read(layers, shape)
+        except Unsupported as obstacle:
+            return str(obstacle)
+        return None
     flat = False
     previous: Layer | None = None
     for layer in layers:
@@ -227,11 +234,11 @@ def near_duplicates(x1: Tensor, x2: Tensor, distance: float) -> Iterator[tuple[i
                 yield start + row, candidates[different]
 
 
-def saturates(network: Plan, x: Tensor) -> bool:
-    """Tell whether images are so bright that float32 does not hold an activation's derivative: an erf is nearly a step.
+def saturates(layers: Sequence[Layer], x: Tensor) -> bool:
+    """Tell whether images are so bright that float32 does not hold an activation's duals: an erf is nearly a step.
 
     Args:
-        network: From :func:`plan`.
+        layers: Accepted by :func:`unsupported`.
         x: Images (n, C, H, W).
 
     Returns:
@@ -241,18 +248,28 @@ def saturates(network: Plan, x: Tensor) -> bool:
         >>> from ntk_lightning.kernels.infinite.architecture import parse
         >>> from ntk_lightning.networks import Erf, NTKConv2d, NTKLinear
         >>> net = torch.nn.Sequential(NTKConv2d(1, 1, 3), Erf(), torch.nn.Flatten(), NTKLinear(4, 1))
-        >>> [saturates(plan(parse(net)), scale * torch.ones(1, 1, 2, 2)) for scale in (1, 255)]
+        >>> [saturates(parse(net), scale * torch.ones(1, 1, 2, 2)) for scale in (1, 255)]
         [False, True]
     """
-    bound = float(x.square().mean(1).max())
-    for convolution in chain(*network.levels):
-        bound = 9 * convolution.weight_variance * bound + convolution.bias_variance
-        if convolution.activation:
-            row = ACTIVATIONS[convolution.activation.name]
-            if bound > row.float32_variance:
-                return True
-            bound = row.variance(bound, convolution.activation)
-    return False
+    return _largest_variance(layers, float(x.square().mean(1).max())) == math.inf
+
+
+def _largest_variance(layers: Sequence[Layer], bound: float) -> float:
+    """A bound on the variances after layers; infinite where one is above the limit of an activation."""
+    for layer in layers:
+        match layer:
+            case Conv():
+                bound = layer.weight_std**2 * bound + layer.bias_std**2
+            case Activation(name):
+                row = ACTIVATIONS[name]
+                if bound > row.float32_variance:
+                    return math.inf
+                bound = row.variance(bound, layer)
+            case Sum(body, shortcut):
+                bound = _largest_variance(body, bound) + _largest_variance(shortcut, bound)
+            case GlobalAvgPool() | Flatten():
+                break
+    return bound
 
 
 def pixel_variances(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:

@@ -13,6 +13,7 @@ here, touch :mod:`ntk_lightning.kernels.infinite.fused_cpu_numba`.
 # ruff: noqa: ANN401 - the objects of Numba and LLVM have no types
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,7 +28,7 @@ __all__ = [
     "absolute",
     "broadcast",
     "copysign",
-    "even_odd",
+    "exp",
     "load",
     "polynomial",
     "positive",
@@ -185,15 +186,16 @@ def _operator(symbol: Callable[..., Any], emit: Callable[..., Any]) -> None:
 def _llvm(name: str, arity: int) -> Any:
     """The function ``llvm.NAME`` of vectors."""
 
-    def emit(builder: Any, *vectors: Any) -> Any:
-        kind = vectors[0].type
-        symbol = f"llvm.{name}.v{LANES}f{_bits(kind)}"
-        function = builder.module.globals.get(symbol) or ir.Function(
-            builder.module, ir.FunctionType(kind, [kind] * arity), symbol
-        )
-        return builder.call(function, vectors)
+    return _elementwise(lambda builder, *vectors: _call(builder, name, *vectors), arity)
 
-    return _elementwise(emit, arity)
+
+def _call(builder: Any, name: str, *vectors: Any) -> Any:
+    kind = vectors[0].type
+    symbol = f"llvm.{name}.v{LANES}f{_bits(kind)}"
+    function = builder.module.globals.get(symbol) or ir.Function(
+        builder.module, ir.FunctionType(kind, [kind] * len(vectors)), symbol
+    )
+    return builder.call(function, vectors)
 
 
 _operator(operator.add, lambda builder, a, b: builder.fadd(a, b, flags=["contract"]))
@@ -214,18 +216,41 @@ positive = _elementwise(
 """positive(a, b, c): b where a > 0, else c."""
 
 
-def _even_odd(typing_context: Any, a: Any, b: Any) -> Any:
-    """Sum of neighbours 2i and 2i + 1 of the 32 lanes of both vectors."""
+def _exp(builder: Any, x: Any) -> Any:
+    """2^n exp(x - n log 2), with n the whole number nearest to x / log 2, in two factors for the sake of tiny results."""
+    wide = _bits(x.type) == 64
+    mantissa, bias, lowest, highest = (52, 1023, -746.0, 710.0) if wide else (23, 127, -104.0, 89.0)
+    whole = ir.VectorType(ir.IntType(64 if wide else 32), LANES)
 
-    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        even, odd = (_shuffle(builder, values[0], values[1], list(range(first, 2 * LANES, 2))) for first in (0, 1))
-        return builder.fadd(even, odd)
+    def constant(value: float) -> Any:
+        return ir.Constant(x.type, [value] * LANES)
 
-    return a(a, b), emit
+    def integer(value: int) -> Any:
+        return ir.Constant(whole, [value] * LANES)
 
+    def power(exponent: Any) -> Any:
+        return builder.bitcast(builder.shl(builder.add(exponent, integer(bias)), integer(mantissa)), x.type)
+
+    inside = builder.select(builder.fcmp_ordered(">", x, constant(lowest)), x, constant(lowest))
+    inside = builder.select(builder.fcmp_ordered("<", inside, constant(highest)), inside, constant(highest))
+    n = _call(builder, "rint", builder.fmul(inside, constant(1 / math.log(2))))
+    high = 0.693359375  # log 2 in 10 bits, so that n times it is exact, and what is left of log 2
+    rest = builder.fsub(inside, builder.fmul(n, constant(high)), flags=["contract"])
+    rest = builder.fsub(rest, builder.fmul(n, constant(-2.12194440054690582768e-4)), flags=["contract"])
+    total = constant(0.0)
+    for power_of_rest in range(13 if wide else 7, -1, -1):
+        term = constant(1 / math.factorial(power_of_rest))
+        total = builder.fadd(builder.fmul(total, rest, flags=["contract"]), term, flags=["contract"])
+    exponent = builder.fptosi(n, whole)
+    half = builder.ashr(exponent, integer(1))
+    value = builder.fmul(builder.fmul(total, power(half)), power(builder.sub(exponent, half)))
+    return builder.select(builder.fcmp_unordered("uno", x, x), x, value)
+
+
+exp = _elementwise(_exp, 1)
+"""exp(a), to a few units in the last place; infinity above what the type holds."""
 
 load: Any = intrinsic(_load)
 broadcast: Any = intrinsic(_broadcast)
 zeros: Any = intrinsic(_zeros)
 store: Any = intrinsic(_store)
-even_odd: Any = intrinsic(_even_odd)
