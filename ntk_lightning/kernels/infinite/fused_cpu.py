@@ -30,7 +30,7 @@ from ntk_lightning.kernels.infinite import fused_cpu_numba
 from ntk_lightning.kernels.infinite.activations import ROUNDING, Activation
 from ntk_lightning.kernels.infinite.architecture import Layer
 from ntk_lightning.kernels.infinite.fused import finish, near_duplicates, saturates
-from ntk_lightning.kernels.infinite.fused_cpu_program import COPY, IMAGES, LINEAR, Level, Network, Window, read
+from ntk_lightning.kernels.infinite.fused_cpu_program import LINEAR, Level, Network, Window, read
 from ntk_lightning.kernels.infinite.fused_cpu_simd import LANES
 
 __all__ = ["diag", "gram"]
@@ -62,7 +62,8 @@ _LEVEL = np.dtype(
     + _record("scale", np.float64)  # of its sums
 )
 _OPERATION = np.dtype(
-    _record("code kind mode accumulate", np.int64)  # mode: 0 for the NNGP alone, 1 where the NTK before is zero, 2 else
+    _record("code kind accumulate own", np.int64)  # own: whether own_weight and own_bias are not weight and bias
+    + _record("mode", np.int64)  # 0 for the NNGP alone, 1 where the NTK before is zero, 2 else
     + _record("source target gap ring", np.int64)  # in work: slots, the way to the NTK, and rows of sums
     + _record("height width out_height out_width share_y share_x", np.int64)
     + _record("size_y size_x stride_y stride_x pad_y pad_x", np.int64)
@@ -137,6 +138,7 @@ class _Program:
             longest = 4 * width * LANES
             for op, to in zip(level.operations, self.operations[first:], strict=False):
                 to["code"], to["kind"], to["accumulate"] = op.code, op.kind, op.accumulate
+                to["own"] = (op.own_weight, op.own_bias) != (op.weight, op.bias)
                 to["mode"] = 0 if fields == 1 else 1 if op.from_images else 2
                 to["source"], to["target"] = slots + 2 * slot * op.source, slots + 2 * slot * op.target
                 to["gap"], to["ring"], to["channels"] = slot, ring, self.channels
@@ -168,9 +170,7 @@ class _Program:
 
     def new_tables(self, n: int) -> Arrays:
         """Zeros for the pixels of n images and what their activations need, (n, entries)."""
-        first, deep = (
-            np.zeros((n, entries), dtype) for entries, dtype in zip(self.entries, self.dtypes, strict=True)
-        )
+        first, deep = (np.zeros((n, entries), dtype) for entries, dtype in zip(self.entries, self.dtypes, strict=True))
         return first, deep
 
     def run(self, left: Arrays, right: Arrays, paired: bool, fill: bool = False, first_row: int = -1) -> Tensor:
@@ -188,14 +188,20 @@ class _Program:
             fused_cpu_numba.Buffers(_aligned(np.zeros(size, dtype)), *sides)
             for size, dtype, *sides in zip(self.work, self.dtypes, left, right, strict=True)
         )
-        fused_cpu_numba.run_block(first, deep, self.records, paired, fill, first_row, self.fields, sums.reshape(*sums.shape[:2], -1))
+        fused_cpu_numba.run_block(
+            first, deep, self.records, paired, fill, first_row, self.fields, sums.reshape(*sums.shape[:2], -1)
+        )
         means = torch.from_numpy(sums / self.pixels)
         return means.movedim(3, 1).flatten(0, 1) if paired else means.movedim(3, 2).flatten(1, 2)
 
 
 def _write_windows(record: Any, windows: Sequence[Window], size: str) -> None:  # noqa: ANN401 - NumPy's record
     for axis, window in zip("yx", windows, strict=True):
-        record[f"{size}_{axis}"], record[f"stride_{axis}"], record[f"pad_{axis}"] = window.size, window.stride, window.low
+        record[f"{size}_{axis}"], record[f"stride_{axis}"], record[f"pad_{axis}"] = (
+            window.size,
+            window.stride,
+            window.low,
+        )
 
 
 def _needed(levels: Sequence[Level], diagonal: bool) -> list[tuple[list[int], list[int]]]:
@@ -389,14 +395,20 @@ def _packed(tables: Arrays, images: NDArray[Any]) -> Arrays:
     for table in tables:
         rows = np.zeros((groups * LANES, table.shape[1]), table.dtype)
         rows[: len(images)] = table[images]
-        packed.append(_aligned(rows.reshape(groups, LANES, table.shape[1]).swapaxes(1, 2)).reshape(groups, -1 if rows.size else 0))
+        packed.append(
+            _aligned(rows.reshape(groups, LANES, table.shape[1]).swapaxes(1, 2)).reshape(groups, -1 if rows.size else 0)
+        )
     return packed[0], packed[1]
 
 
 def _unpacked(packed: NDArray[Any], images: int) -> NDArray[Any]:
     """Undo :func:`_packed`."""
     entries = packed.shape[1] // LANES
-    return packed.reshape(len(packed), entries, LANES).swapaxes(1, 2).reshape(-1 if packed.size else images, entries)[:images]
+    return (
+        packed.reshape(len(packed), entries, LANES)
+        .swapaxes(1, 2)
+        .reshape(-1 if packed.size else images, entries)[:images]
+    )
 
 
 def _cut(n: int, size: int) -> list[slice]:

@@ -19,7 +19,16 @@ from numpy.polynomial import Chebyshev, Polynomial
 
 from ntk_lightning.kernels.infinite.activations import less_its_sine
 from ntk_lightning.kernels.infinite.fused_cpu_program import COS, ERF, EXP, GELU, NORM, RELU, SIGN, SIN
-from ntk_lightning.kernels.infinite.fused_cpu_simd import above, absolute, copysign, exp, polynomial, positive, sqrt
+from ntk_lightning.kernels.infinite.fused_cpu_simd import (
+    above,
+    absolute,
+    copysign,
+    exp,
+    polynomial,
+    positive,
+    root,
+    sqrt,
+)
 
 __all__ = ["duals", "pixel_numbers"]
 
@@ -118,9 +127,9 @@ def duals(
     if kind == RELU:  # first: 1 / deviation; second: sqrt(even) deviation
         r = k * first2 * first1
         t = absolute(r)
-        root = sqrt(above(1.0 - t, tiny, 0.0))
-        mean = odd * k + even * absolute(k) + second1 * second2 * (root * _arc_integral(t))
-        return mean, odd + even * copysign(1.0 - root * _arc(t), r)
+        share = root(1.0 - t, tiny)
+        mean = second1 * second2 * ((odd / even) * r + (t + share * _arc_integral(t)))
+        return mean, odd + even * copysign(1.0 - share * _arc(t), r)
     if kind == NORM:  # first: 1 / sqrt(variance + eps)
         return k * first1 * first2, first1 * first2
     if kind == SIN or kind == COS or kind == EXP:  # noqa: SIM109, PLR1714 - Numba knows no `in` here; first: v / 2
@@ -138,8 +147,8 @@ def duals(
     if kind == SIGN:  # second: 1 / deviation
         r = k * second2 * second1
         t = absolute(r)
-        root = sqrt(above(1.0 - t, tiny, 0.0))
-        return r * (1.0 / (1.0 + root) - root * _arc_slope(t)), 0.0 * r
+        share = root(1.0 - t, tiny)
+        return r * (1.0 / (1.0 + share) - share * _arc_slope(t)), 0.0 * r
     ab = first1 * first2  # of erf and GELU, first: a and b
     a2, b2 = first1 * first1, first2 * first2
     if kind == ERF:  # second: 1 / deviation
@@ -147,8 +156,8 @@ def duals(
         sine2 = a2 + (1.0 - a2) * (b2 + (1.0 - b2) * (above(1.0 - t, tiny, 0.0) * (1.0 + t)))
         cosine = 2.0 * (k * ab)
         t = absolute(cosine)
-        root = sqrt(sine2 / (1.0 + t))  # of 1 - t, and arcsin to relative precision, for dark images
-        arcsin = cosine * (1.0 / (1.0 + root) - root * _arc_slope(t))
+        share = sqrt(sine2 / (1.0 + t))  # of 1 - t, and arcsin to relative precision, for dark images
+        arcsin = cosine * (1.0 / (1.0 + share) - share * _arc_slope(t))
         return arcsin, (4 / math.pi) * ab / sqrt(sine2)
     if kind == GELU:  # second: deviation
         scale = second1 * second2

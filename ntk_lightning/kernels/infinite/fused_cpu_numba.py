@@ -32,7 +32,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from ntk_lightning.kernels.infinite.fused_cpu_duals import duals, pixel_numbers
-from ntk_lightning.kernels.infinite.fused_cpu_program import ADD, BOX, CONV3, COPY, IMAGES, LINEAR, RELU
+from ntk_lightning.kernels.infinite.fused_cpu_program import ADD, BOX, CONV3, COPY, IMAGES, IMAGES3, LINEAR, RELU
 from ntk_lightning.kernels.infinite.fused_cpu_simd import LANES, broadcast, load, store, zeros
 
 __all__ = ["Buffers", "Records", "run_block"]
@@ -83,6 +83,18 @@ def _plane(dy: int, dx: int, height: int, width: int) -> Any:
     return _Plane(dy, dx, max(0, -dy), max(0, -dx), max(0, height - abs(dy)), max(0, width - abs(dx)))
 
 
+@_inlined
+def _product(left: Array, right: Array, at1: int, at2: int, pixels: int, channels: int, paired: bool) -> Vector:
+    """Mean over channels of products of pixels."""
+    total = zeros(right)
+    for _ in range(channels):
+        pixel = load(left, at1) if paired else broadcast(left, at1)
+        total = total + pixel * load(right, at2)
+        at1 += pixels * LANES if paired else pixels
+        at2 += pixels * LANES
+    return total
+
+
 @_compiled
 def _images(buffers: Any, op: Any, plane: Any, paired: bool) -> None:
     """Write the mean over channels of products of pixels, by whose root the images were divided; the NTK is zero."""
@@ -91,19 +103,17 @@ def _images(buffers: Any, op: Any, plane: Any, paired: bool) -> None:
     for y in range(plane.y, plane.y + plane.rows):
         for x in range(plane.x, plane.x + plane.columns):
             at1, at2 = y * width + x, ((y + plane.dy) * width + x + plane.dx) * LANES
-            total = zeros(work)
-            for channel in range(op.channels):
-                at12 = at1 + channel * pixels
-                pixel = load(left, at12 * LANES) if paired else broadcast(left, at12)
-                total = total + pixel * load(right, at2 + channel * pixels * LANES)
-            store(work, at, total)
+            at1 = at1 * LANES if paired else at1
+            store(work, at, _product(left, right, at1, at2, pixels, op.channels, paired))
             if op.mode == 2:
                 store(work, at + op.gap, zeros(work))
             at += LANES
 
 
 @_inlined
-def _conv3(buffers: Any, op: Any, plane: Any, paired: bool, kind: int, mode: int) -> None:
+def _conv3(
+    buffers: Any, op: Any, plane: Any, kind: int, mode: int, images: bool, paired: bool, own: bool, accumulate: bool
+) -> None:
     """Run a 3x3 convolution of stride 1 that keeps the size, and its activation, row by row.
 
     The row sums k of each row of the plane, of three neighbours, are kept for two rows in a ring: having taken in row
@@ -113,14 +123,17 @@ def _conv3(buffers: Any, op: Any, plane: Any, paired: bool, kind: int, mode: int
         buffers: Of these pairs.
         op: The record.
         plane: Where it runs.
-        paired: Whether the first images differ.
-        kind: Number of the activation; a constant where the loop is to have no branches, like the mode.
+        kind: Number of the activation; a constant where the loop is to have no branches, like all that follow.
         mode: 0 for the NNGP alone, 1 where the NTK so far is zero, 2 else.
+        images: Whether it convolves images, whose covariances are computed as they are needed.
+        paired: Whether the first images differ.
+        own: Whether the convolution's own part of the NTK is not its NNGP.
+        accumulate: Whether to add to the target.
     """
     work, left, right = buffers
     weight, bias, odd, even, tiny, gap = op.weight, op.bias, op.odd, op.even, op.tiny, op.gap
     own_weight, own_bias = op.own_weight, op.own_bias
-    accumulate, columns = op.accumulate, plane.columns
+    columns = plane.columns
     line, step = columns * LANES, LANES if paired else 1
     span = 2 * op.width * LANES
     pixels = op.height * op.width
@@ -137,20 +150,33 @@ def _conv3(buffers: Any, op: Any, plane: Any, paired: bool, kind: int, mode: int
         at2 = op.numbers * LANES + ((y + plane.dy) * op.width + plane.x + plane.dx) * LANES
         before, here = zeros(work), zeros(work)
         before_t, here_t = zeros(work), zeros(work)
+        pixel1 = (((y + 1) * op.width) + plane.x) * step
+        pixel2 = ((y + 1 + plane.dy) * op.width + plane.x + plane.dx) * LANES
         if coming:
-            here = load(work, source)
+            if images:
+                here = _product(left, right, pixel1, pixel2, pixels, op.channels, paired)
+            else:
+                here = load(work, source)
             if mode == 2:
                 here_t = load(work, source + gap)
         for c in range(0, line, LANES):
             after, after_t = zeros(work), zeros(work)
             if coming and c + LANES < line:
-                after = load(work, source + c + LANES)
+                if images:
+                    pixel1 += step
+                    pixel2 += LANES
+                    after = _product(left, right, pixel1, pixel2, pixels, op.channels, paired)
+                else:
+                    after = load(work, source + c + LANES)
                 if mode == 2:
                     after_t = load(work, source + gap + c + LANES)
             k, theta = before + here + after, before_t + here_t + after_t
             if going:
                 total = k + load(work, older + c) + load(work, newer + c)
-                nngp, ntk = weight * total + bias, own_weight * total + own_bias
+                nngp = weight * total + bias
+                ntk = nngp
+                if own:
+                    ntk = own_weight * total + own_bias
                 if mode == 2:
                     ntk = ntk + weight * (theta + load(work, older + half + c) + load(work, newer + half + c))
                 if kind != LINEAR:
@@ -178,16 +204,18 @@ def _conv3(buffers: Any, op: Any, plane: Any, paired: bool, kind: int, mode: int
 
 
 @_compiled
-def _dispatch_conv3(buffers: Any, op: Any, plane: Any, paired: bool) -> None:
+def _dispatch_conv3(buffers: Any, op: Any, plane: Any, paired: bool, kind: int) -> None:
     """Run :func:`_conv3`, in the cases that take most of the time without branches on its kind and mode."""
-    if op.kind == RELU and op.mode == 2:
-        _conv3(buffers, op, plane, paired, RELU, 2)
-    elif op.kind == RELU and op.mode == 1:
-        _conv3(buffers, op, plane, paired, RELU, 1)
-    elif op.kind == LINEAR:
-        _conv3(buffers, op, plane, paired, LINEAR, op.mode)
+    images, own, accumulate = op.code == IMAGES3, op.own > 0, op.accumulate > 0
+    plain = not (paired or own or accumulate)
+    if kind == RELU and op.mode == 2 and plain:
+        _conv3(buffers, op, plane, RELU, 2, False, False, False, False)
+    elif kind == RELU and op.mode == 1 and images and plain:
+        _conv3(buffers, op, plane, RELU, 1, True, False, False, False)
+    elif kind == LINEAR:
+        _conv3(buffers, op, plane, LINEAR, op.mode, images, paired, own, accumulate)
     else:
-        _conv3(buffers, op, plane, paired, op.kind, op.mode)
+        _conv3(buffers, op, plane, kind, op.mode, images, paired, own, accumulate)
 
 
 @_compiled
@@ -287,6 +315,31 @@ def _add(work: Array, op: Any, entries: int) -> None:
             store(work, to + i, load(work, to + i) + load(work, at + i))
 
 
+@_inlined
+def _add_windows(
+    work: Array,
+    at: int,
+    line: int,
+    stride: int,
+    work2: Array,
+    to: int,
+    count: int,
+    scale: float,
+    rows: int,
+    columns: int,
+) -> None:
+    """Add sums over windows, of which none is cut, to a row; the sizes of windows are constants."""
+    for c in range(0, count * LANES, LANES):
+        total = load(work, at)
+        for x in range(1, columns):
+            total = total + load(work, at + x * LANES)
+        for y in range(1, rows):
+            for x in range(columns):
+                total = total + load(work, at + y * line + x * LANES)
+        store(work2, to + c, load(work2, to + c) + scale * total)
+        at += stride * LANES
+
+
 @_compiled
 def _pool(work: Array, level: Any, plane: Any, work2: Array, following: Any, offsets: Array, fields: int) -> None:
     """Add a plane to those planes of the following level whose windows it meets."""
@@ -305,26 +358,77 @@ def _pool(work: Array, level: Any, plane: Any, work2: Array, following: Any, off
             shift_y, shift_x = plane.dy - stride_y * dy, plane.dx - stride_x * dx
             low_y, high_y = max(0, -shift_y), min(window_y, window_y - shift_y)
             low_x, high_x = max(0, -shift_x), min(window_x, window_x - shift_x)
-            for q in range(after.y, after.y + after.rows):
-                first = max(plane.y, q * stride_y - level.pad_y + low_y) - plane.y
-                last = min(plane.y + plane.rows, q * stride_y - level.pad_y + high_y) - plane.y
-                left, right = after.x * stride_x - level.pad_x + low_x - plane.x, high_x - low_x
-                for _ in range(after.columns):
-                    begin, end = max(0, left), min(plane.columns, left + right)
-                    for field in range(fields):
-                        at = level.result + field * level.gap + first * line + begin * LANES
-                        total = load(work, at) if first < last and begin < end else zeros(work)
-                        if begin + 1 < end:
-                            for c in range(LANES, (end - begin) * LANES, LANES):
-                                total = total + load(work, at + c)
-                        for _ in range(first + 1, last):
-                            at += line
-                            for c in range(0, (end - begin) * LANES, LANES):
-                                total = total + load(work, at + c)
-                        there = to + field * following.store_gap
-                        store(work2, there, load(work2, there) + scale * total)
-                    to += LANES
-                    left += stride_x
+            inside = level.pad_y == 0 and level.pad_x == 0
+            rows, columns = high_y - low_y, high_x - low_x
+            for field in range(fields):
+                at, there = level.result + field * level.gap, to + field * following.store_gap
+                for q in range(after.y, after.y + after.rows):
+                    top, left = (
+                        q * stride_y + low_y - level.pad_y - plane.y,
+                        after.x * stride_x + low_x - level.pad_x - plane.x,
+                    )
+                    if inside and rows == 1 and columns == 1:
+                        _add_windows(
+                            work,
+                            at + top * line + left * LANES,
+                            line,
+                            stride_x,
+                            work2,
+                            there,
+                            after.columns,
+                            scale,
+                            1,
+                            1,
+                        )
+                    elif inside and rows == 1 and columns == 2:
+                        _add_windows(
+                            work,
+                            at + top * line + left * LANES,
+                            line,
+                            stride_x,
+                            work2,
+                            there,
+                            after.columns,
+                            scale,
+                            1,
+                            2,
+                        )
+                    elif inside and rows == 2 and columns == 1:
+                        _add_windows(
+                            work,
+                            at + top * line + left * LANES,
+                            line,
+                            stride_x,
+                            work2,
+                            there,
+                            after.columns,
+                            scale,
+                            2,
+                            1,
+                        )
+                    elif inside and rows == 2 and columns == 2:
+                        _add_windows(
+                            work,
+                            at + top * line + left * LANES,
+                            line,
+                            stride_x,
+                            work2,
+                            there,
+                            after.columns,
+                            scale,
+                            2,
+                            2,
+                        )
+                    else:
+                        first, last = max(0, top), min(plane.rows, top + rows)
+                        for u in range(after.columns):
+                            begin, end = max(0, left + u * stride_x), min(plane.columns, left + u * stride_x + columns)
+                            total = zeros(work)
+                            for y in range(first, last):
+                                for x in range(begin, end):
+                                    total = total + load(work, at + y * line + x * LANES)
+                            store(work2, there + u * LANES, load(work2, there + u * LANES) + scale * total)
+                    there += after.columns * LANES
 
 
 @_compiled
@@ -355,21 +459,29 @@ def _operate(buffers: Any, op: Any, dy: int, dx: int, paired: bool, fill: bool) 
         _copy(buffers.work, op, op.source, op.gap, plane.rows * plane.columns * LANES, False)
     elif fill and dy == 0 and dx == 0 and op.kind != LINEAR:  # the activation's numbers come from this very plane
         source = op.source
-        if op.code == CONV3:
-            _conv3(buffers, op, plane, paired, LINEAR, op.mode)
+        if op.code == CONV3 or op.code == IMAGES3:  # noqa: PLR1714 - Numba knows no `in` here
+            _dispatch_conv3(buffers, op, plane, paired, LINEAR)
             source = op.target
         _write_numbers(buffers, op, source)
         _point(buffers, op, plane, paired, source)
-    elif op.code == CONV3:
-        _dispatch_conv3(buffers, op, plane, paired)
+    elif op.code == CONV3 or op.code == IMAGES3:  # noqa: PLR1714
+        _dispatch_conv3(buffers, op, plane, paired, op.kind)
     else:
         _point(buffers, op, plane, paired, op.source)
 
 
 @_compiled
 def _run_level(
-    buffers: Any, following_work: Array, wide: Array, records: Any, index: int, dy: int, paired: bool, fill: bool,
-    fields: int, sums: Array,
+    buffers: Any,
+    following_work: Array,
+    wide: Array,
+    records: Any,
+    index: int,
+    dy: int,
+    paired: bool,
+    fill: bool,
+    fields: int,
+    sums: Array,
 ) -> None:
     """Run a level on all planes of one dy, and pool them into the work of the following level, or add them up."""
     levels, operations, offsets, _ = records
@@ -395,9 +507,7 @@ def _run_level(
 
 
 @_compiled
-def _run_group(
-    buffers: Any, deep: Any, records: Any, paired: bool, fill: bool, fields: int, sums: Array
-) -> None:
+def _run_group(buffers: Any, deep: Any, records: Any, paired: bool, fill: bool, fields: int, sums: Array) -> None:
     """Add up NNGP and NTK over the pixels of the last level, of 16 pairs."""
     levels = records.levels
     for step in range(len(records.schedule)):
@@ -412,7 +522,14 @@ def _run_group(
 
 
 def _run_block(
-    buffers: Buffers, deep: Buffers, records: Records, paired: bool, fill: bool, first_row: int, fields: int, sums: Array
+    buffers: Buffers,
+    deep: Buffers,
+    records: Records,
+    paired: bool,
+    fill: bool,
+    first_row: int,
+    fields: int,
+    sums: Array,
 ) -> None:
     """Run every first image with every group of second ones or, paired, every group with that of the same index.
 
@@ -434,7 +551,11 @@ def _run_block(
             _run_group(
                 Buffers(buffers.work, buffers.left[i], buffers.right[group]),
                 Buffers(deep.work, deep.left[i], deep.right[group]),
-                records, paired, fill, fields, sums[i, 0 if paired else group],
+                records,
+                paired,
+                fill,
+                fields,
+                sums[i, 0 if paired else group],
             )
 
 

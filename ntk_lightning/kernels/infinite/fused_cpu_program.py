@@ -29,6 +29,7 @@ __all__ = [
     "EXP",
     "GELU",
     "IMAGES",
+    "IMAGES3",
     "LINEAR",
     "NORM",
     "POINT",
@@ -44,7 +45,7 @@ __all__ = [
     "read",
 ]
 
-IMAGES, COPY, CONV3, BOX, POINT, ADD = range(6)  # what an operation does
+IMAGES, IMAGES3, COPY, CONV3, BOX, POINT, ADD = range(7)  # what an operation does
 LINEAR, RELU, ERF, GELU, SIN, COS, EXP, SIGN, NORM = range(9)  # its activation
 _KINDS = {"relu": RELU, "erf": ERF, "gelu": GELU, "sin": SIN, "cos": COS, "exp": EXP, "sign": SIGN}
 _FEW = 16  # pixels from which on, and
@@ -230,7 +231,7 @@ class _Reader:
         self.levels.append(Level(shape, level.deep or self._is_deep(shape), [Operation(COPY, 0, 0, shape)]))
 
     def _zero(self) -> None:
-        """Have the images' operation write that their NTK is zero."""
+        """Have the images' operation write that their NTK is zero, where it is not part of a convolution."""
         self.levels[0].operations[0] = replace(self.levels[0].operations[0], from_images=False)
 
     def _branch(self, layers: Sequence[Layer], value: _Value, target: int) -> _Value:
@@ -251,7 +252,16 @@ class _Reader:
                 weight, bias = layer.weight_std**2 / size, layer.bias_std**2
                 same = all(window == Window(3, 1, 1, 1) for window in windows)
                 operation = Operation(
-                    CONV3 if same else BOX, slot, target, shape, share, windows, weight, bias, weight, bias,
+                    CONV3 if same else BOX,
+                    slot,
+                    target,
+                    shape,
+                    share,
+                    windows,
+                    weight,
+                    bias,
+                    weight,
+                    bias,
                     from_images=value.from_images,
                 )
                 if any(a > b for a, b in zip(operation.after, shape, strict=True)) or any(
@@ -260,6 +270,9 @@ class _Reader:
                     raise Unsupported(f"{layer} pads more than its filter keeps")
                 if following is not None and _fuses(layer, following):
                     operation = replace(operation, **_kind(following))
+                if same and self.operations[-1].code == IMAGES and slot == target:
+                    self.operations.pop()
+                    operation = replace(operation, code=IMAGES3)
                 self.operations.append(operation)
                 stride = share[0] * windows[0].stride, share[1] * windows[1].stride
                 return _Value(target, operation.after, stride)
@@ -298,8 +311,10 @@ class _Reader:
 
 def _fuses(layer: Layer, following: Layer) -> bool:
     """Whether an activation is computed along with the convolution before it."""
-    return isinstance(layer, Conv) and isinstance(following, Activation) and all(
-        window == Window(3, 1, 1, 1) for window in _windows(layer)
+    return (
+        isinstance(layer, Conv)
+        and isinstance(following, Activation)
+        and all(window == Window(3, 1, 1, 1) for window in _windows(layer))
     )
 
 

@@ -13,6 +13,7 @@ here, touch :mod:`ntk_lightning.kernels.infinite.fused_cpu_numba`.
 # ruff: noqa: ANN401 - the objects of Numba and LLVM have no types
 from __future__ import annotations
 
+import hashlib
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]  # it has no types
 from numba import types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, overload, register_model
 
 __all__ = [
@@ -32,12 +34,14 @@ __all__ = [
     "load",
     "polynomial",
     "positive",
+    "root",
     "sqrt",
     "store",
     "zeros",
 ]
 
 LANES = 16
+_AVX512 = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2]
 
 
 class _Vector(types.Type):
@@ -162,7 +166,19 @@ def polynomial(single: Sequence[float], double: Sequence[float]) -> Any:
     """
 
     def emit(builder: Any, x: Any) -> Any:
-        constants = [ir.Constant(x.type, [float(c)] * LANES) for c in (double if _bits(x.type) == 64 else single)]
+        # In memory, not in the code: from there they go right into the sums, with one address for all of them.
+        coefficients = double if _bits(x.type) == 64 else single
+        kind = ir.ArrayType(x.type.element, len(coefficients))
+        name = f"polynomial.{hashlib.blake2b(repr((kind, coefficients)).encode(), digest_size=8).hexdigest()}"
+        table = builder.module.globals.get(name)
+        if table is None:
+            table = ir.GlobalVariable(builder.module, kind, name)
+            table.linkage, table.initializer = "linkonce_odr", ir.Constant(kind, [float(c) for c in coefficients])
+        zero = ir.Constant(ir.IntType(32), 0)
+        constants = [
+            _splat(builder, builder.load(builder.gep(table, [zero, ir.Constant(ir.IntType(32), i)], inbounds=True)))
+            for i in range(len(coefficients))
+        ]
         total = constants.pop()
         while constants:
             total = builder.fadd(builder.fmul(total, x, flags=["contract"]), constants.pop(), flags=["contract"])
@@ -214,6 +230,31 @@ positive = _elementwise(
     lambda builder, a, b, c: builder.select(builder.fcmp_ordered(">", a, ir.Constant(a.type, [0.0] * LANES)), b, c), 3
 )
 """positive(a, b, c): b where a > 0, else c."""
+
+
+def _root(builder: Any, x: Any, bound: Any) -> Any:
+    """With AVX-512 in float32, s = x / sqrt(x) is estimated and a Newton step, s + s (1 - s / sqrt(x)) / 2, made."""
+    zero = ir.Constant(x.type, [0.0] * LANES)
+    above_bound = builder.fcmp_ordered(">", x, bound)
+    if _bits(x.type) == 64 or not _AVX512:
+        return _call(builder, "sqrt", builder.select(above_bound, x, zero))
+    kind, mask = x.type, ir.IntType(16)
+    symbol = "llvm.x86.avx512.rsqrt14.ps.512"
+    function = builder.module.globals.get(symbol) or ir.Function(
+        builder.module, ir.FunctionType(kind, [kind, kind, mask]), symbol
+    )
+    inverse = builder.call(function, [x, zero, mask(0xFFFF)])
+    half = ir.Constant(kind, [0.5] * LANES)
+    estimate = builder.fmul(x, inverse)
+    error = builder.fsub(
+        half, builder.fmul(estimate, builder.fmul(half, inverse), flags=["contract"]), flags=["contract"]
+    )
+    root = builder.fadd(estimate, builder.fmul(estimate, error, flags=["contract"]), flags=["contract"])
+    return builder.select(above_bound, root, zero)
+
+
+root = _elementwise(_root, 2)
+"""root(a, bound): sqrt(a) where a > bound >= 0, else 0."""
 
 
 def _exp(builder: Any, x: Any) -> Any:
