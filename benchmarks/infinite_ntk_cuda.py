@@ -26,9 +26,10 @@ import triton
 from torch import Tensor
 
 from ntk_lightning.kernels.infinite import reference
-from ntk_lightning.kernels.infinite.architecture import Layer, parse
+from ntk_lightning.kernels.infinite.architecture import Layer
 from ntk_lightning.kernels.infinite.fused import plan
 from ntk_lightning.kernels.infinite.fused_cuda import Tiling, compile_levels, gram
+from ntk_lightning.kernels.infinite.lift import parse
 from ntk_lightning.networks import MyrtleCNN
 
 SHAPE = (3, 32, 32)

@@ -124,7 +124,14 @@ class EmpiricalNTKDynamics(SameSteps, ScheduledCallback):
             initial_error, initial_loss = (None, None) if self.departed(trainer) else pair  # steps of another kind
             model = ModelErrors.of_fit("empirical NTK at initialization", n, fit)
             initial = {"initial_error": initial_error, "initial_loss": initial_loss}
-            measured = {"curve": model.curve, "network_error": error, "network_loss": loss, **initial, "fit": kind}
+            measured = {
+                "curve": model.curve,
+                "critical_lr": model.critical_lr,
+                "network_error": error,
+                "network_loss": loss,
+                **initial,
+                "fit": kind,
+            }
             self.rows.append({"step": step, **model.row(), **measured})
         if error is None:
             metrics = {"test_loss": model.optimal_loss, "last_test_loss": model.last_loss, "network_test_loss": loss}
@@ -140,7 +147,8 @@ class EmpiricalNTKDynamics(SameSteps, ScheduledCallback):
         """Keep the table and the figure."""
         for row in self.rows:
             row["name"] = self.compared_name(trainer, "empirical NTK at initialization")
-        columns = [{k: cell for k, cell in row.items() if k not in ("name", "curve")} for row in self.rows]
+        left_out = ("name", "curve", "critical_lr")
+        columns = [{k: cell for k, cell in row.items() if k not in left_out} for row in self.rows]
         log_table(trainer, self.named(self.table), columns)
         largest = [row for row in self.rows if row["n"] == self.rows[-1]["n"]]
         log_figure(trainer, self.named(self.table), draw_dynamics(largest))

@@ -29,6 +29,7 @@ class ModelErrors:
         optimal_loss: The least test loss over training, for real targets.
         last_loss: The test loss after the last step, for real targets.
         validated_loss: The test loss at the step with the least validation loss, for real targets.
+        critical_lr: Of a kernel fitted by SGD, the rate above which full-batch descent diverges; not in tables.
 
     Example:
         >>> ModelErrors("my model", n=100, optimal_error=0.1, optimal_step=50, last_error=0.2).row()["last_error"]
@@ -45,6 +46,7 @@ class ModelErrors:
     optimal_loss: float | None = None
     last_loss: float | None = None
     validated_loss: float | None = None
+    critical_lr: float | None = field(default=None, compare=False)
 
     @classmethod
     def of_fit(cls, name: str, n: int, fit: KernelFit) -> ModelErrors:
@@ -64,7 +66,7 @@ class ModelErrors:
         validated = "val" in fit.curves
         if errors is None:
             least = fit.optimal_loss, fit.last_loss, fit.validated_loss if validated else None
-            return cls(name, n, None, fit.optimal_step, None, None, curve, *least)
+            return cls(name, n, None, fit.optimal_step, None, None, curve, *least, critical_lr=fit.critical_lr)
         return cls(
             name,
             n,
@@ -73,6 +75,7 @@ class ModelErrors:
             fit.last_error,
             fit.validated_error if validated else None,
             curve,
+            critical_lr=fit.critical_lr,
         )
 
     @classmethod
@@ -92,10 +95,11 @@ class ModelErrors:
         """Give the cells of a table.
 
         Returns:
-            Every field but the curve, by name; of errors and losses those that there are.
+            Every field but curve and critical rate, by name; of errors and losses those that there are.
         """
         absent = "_loss" if self.optimal_error is not None else "_error"
-        return {name: value for name, value in vars(self).items() if name != "curve" and not name.endswith(absent)}
+        left_out = ("curve", "critical_lr")
+        return {k: value for k, value in vars(self).items() if k not in left_out and not k.endswith(absent)}
 
 
 def best_metrics(group: str, models: Iterable[ModelErrors]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Two classes of CIFAR-5m, filtered once out of six files of 3 GB and read memory-mapped."""
+"""Two classes of CIFAR-5m, or two groups of classes, filtered once out of six files of 3 GB and read memory-mapped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.lib import format as npy_format
 from ntk_lightning.datamodules.download import delete_temporary, download_temporary
 from ntk_lightning.datamodules.image_file import SHAPE, SIZE, ImageFile
 from ntk_lightning.datamodules.prepared import PreparedDataModule
-from ntk_lightning.datamodules.two_classes import check_classes
+from ntk_lightning.datamodules.two_classes import TwoClasses, check_classes, class_groups, signed_classes
 from ntk_lightning.progress import progress_bar
 
 __all__ = ["CIFAR5mBinary", "read_part"]
@@ -40,7 +40,7 @@ class CIFAR5mBinary(PreparedDataModule):
             uint8 (n, 32, 32, 3), and ``Y``, class numbers (n,); by default they are downloaded one after the other.
         cache: Folder for downloads and filtered images; by default ``$NTK_LIGHTNING_CACHE`` or
             ``~/.cache/ntk_lightning``.
-        classes: Class numbers, in the order of CIFAR-10, for the labels -1 and +1.
+        classes: Class numbers, in the order of CIFAR-10, for the labels -1 and +1, one or several for each.
         keep_downloads: Keep each downloaded part of 3 GB after it was filtered, to filter other classes out of it. A
             part that was put into the cache by hand is kept in any case.
         url: Folder of the parts on the web.
@@ -48,21 +48,21 @@ class CIFAR5mBinary(PreparedDataModule):
 
     Raises:
         FileNotFoundError: ``path`` lacks a part.
-        ValueError: The classes are not two different numbers from 0 to 9.
+        ValueError: The classes are not two different numbers, or groups of different numbers, from 0 to 9.
     """
 
     def __init__(
         self,
         path: str | None = None,
         cache: str | None = None,
-        classes: tuple[int, int] = (5, 7),
+        classes: tuple[int | list[int], int | list[int]] = (5, 7),
         keep_downloads: bool = False,
         url: str = URL,
         **kwargs: Any,  # noqa: ANN401 - passed on
     ) -> None:
         super().__init__("cifar5m", path, cache, keep_downloads, url, **kwargs)
         check_classes(classes)
-        self.classes = classes
+        self.classes: TwoClasses = classes
         self.check_local()
 
     def parts(self, pool: str) -> tuple[str, ...]:
@@ -75,7 +75,7 @@ class CIFAR5mBinary(PreparedDataModule):
 
     def stem(self, pool: str) -> str:
         """Name a pool's images by their classes."""
-        return "{}-{}-{}".format(pool, *self.classes)
+        return "-".join([pool, *("".join(map(str, group)) for group in class_groups(self.classes))])
 
     def find_local(self, folder: Path, part: str) -> list[Path]:
         """Find a part by either of its names (see the base class)."""
@@ -109,19 +109,21 @@ class CIFAR5mBinary(PreparedDataModule):
             delete_temporary(file)
 
 
-def read_part(file: Path, classes: tuple[int, int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Read the images of two classes out of a part, in bounded memory.
+def read_part(file: Path, classes: TwoClasses) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Read the images of two classes, or of two groups of classes, out of a part, in bounded memory.
 
     Args:
         file: An ``.npz`` archive with ``X``, uint8 (n, 32, 32, 3), and ``Y``, integers (n,), compressed or not.
-        classes: Class numbers for the labels -1 and +1.
+        classes: Class numbers for the labels -1 and +1, one or several for each.
 
     Yields:
-        Images (b, 32, 32, 3) and labels (b,) in {-1, +1}, at most 1024 at a time, in the order of the file.
+        Images (b, 32, 32, 3) and labels (b,), at most 1024 at a time, in the order of the file. Labels are -1 or +1,
+        times 1 + the class number where a label stands for several.
 
     Raises:
         ValueError: The archive is cut off or damaged, or its arrays have another type or shape.
     """
+    groups = class_groups(classes)
     try:
         with zipfile.ZipFile(file) as archive, archive.open("Y.npy") as member:
             shape, dtype = _header(cast("BinaryIO", member))
@@ -140,9 +142,9 @@ def read_part(file: Path, classes: tuple[int, int]) -> Iterator[tuple[np.ndarray
                     data = member.read(len(y) * SIZE)
                     if len(data) < len(y) * SIZE:
                         raise ValueError("X ends early")
-                    chosen = np.isin(y, classes)
+                    chosen = np.isin(y, [number for group in groups for number in group])
                     x = np.frombuffer(data, np.uint8).reshape(-1, *SHAPE)[chosen]
-                    yield x, np.where(y[chosen] == classes[1], 1, -1)
+                    yield x, signed_classes(y[chosen], groups)
                     advance(len(y))
             if member.read(1):  # also has zipfile compare the CRC-32 at the end
                 raise ValueError("X is longer than its header says")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch.nn import functional as F
@@ -26,9 +27,11 @@ class FashionMNISTBinary(ImageDataModule):
         torch.Size([8, 1, 32, 32])
     """
 
+    side = 32
+
     def load(self, train: bool) -> Samples:
         """Read the embedded pool (see the base class)."""
         split = "train" if train else "test"
         file = Path(__file__).parent / "data" / f"fashion_mnist_pullover_coat_{split}.parquet"
         samples = read_parquet([file], "image", (2, 4), "L", 28)
-        return Samples(F.pad(samples.x, (2, 2, 2, 2)), samples.y)
+        return replace(samples, x=F.pad(samples.x, (2, 2, 2, 2)))

@@ -38,6 +38,8 @@ def key_of_files(files: Sequence[Path]) -> str:
 class ImageFile:
     """Labelled images of 32x32 pixels on disk: ``<stem>.images`` with the bytes, ``<stem>.labels`` with one byte each.
 
+    A label is -1 or +1; where each stands for several classes c, it is -(1 + c) or 1 + c.
+
     ``<stem>.json`` lists the finished pieces and how many images each has; what a killed process wrote of the next
     piece lies behind them and is overwritten. Images are stored as (n, 32, 32, 3).
 
@@ -68,7 +70,7 @@ class ImageFile:
 
         Args:
             piece: Its name.
-            batches: Pairs of uint8 images (b, 32, 32, 3) and labels (b,) in {-1, +1}, in bounded memory.
+            batches: Pairs of uint8 images (b, 32, 32, 3) and labels (b,) as above, in bounded memory.
 
         Raises:
             OSError: The disk is full or the folder cannot be written.
@@ -94,8 +96,8 @@ class ImageFile:
         """Map the finished pieces into memory: only images that are used are read.
 
         Returns:
-            uint8 images (n, 3, 32, 32), a view of the file that can be changed without changing the file, and float32
-            labels (n,) in {-1, +1}.
+            uint8 images (n, 3, 32, 32), a view of the file that can be changed without changing the file, float32
+            labels (n,) in {-1, +1}, and class numbers (n,) where a label stands for several.
 
         Raises:
             ValueError: There is no image, or a file is shorter than it was.
@@ -106,8 +108,9 @@ class ImageFile:
         if self._images.stat().st_size < count * SIZE or self._labels.stat().st_size < count:
             raise ValueError(f"{self._images} is shorter than it was written: delete {self.stem}.* and run again.")
         images = np.memmap(self._images, np.uint8, "c", shape=(count, *SHAPE))
-        labels = np.fromfile(self._labels, np.int8, count).astype(np.float32)
-        return Samples(torch.from_numpy(images).movedim(-1, 1), torch.from_numpy(labels))
+        signed = torch.from_numpy(np.fromfile(self._labels, np.int8, count))
+        classes = signed.abs() - 1 if (signed.abs() > 1).any() else None
+        return Samples(torch.from_numpy(images).movedim(-1, 1), signed.sign().float(), classes)
 
     @staticmethod
     def _open_at(path: Path, size: int) -> FileIO:

@@ -46,7 +46,7 @@ def normalization(x: Tensor) -> Callable[[Tensor], Tensor]:
             f"{len(channels)} of {x.shape[1]} channels ({some}) are constant in the {len(x)} samples that the "
             "normalization is taken from: they are centered and not scaled. Drop them, take more samples "
             "(n_statistics), or switch it off by normalize=False.",
-            stacklevel=3,
+            stacklevel=4,  # who set the data module up
         )
 
     def normalize(samples: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ntk_lightning.datamodules.samples import Samples
-from ntk_lightning.datamodules.two_classes import binary_labels
+from ntk_lightning.datamodules.two_classes import TwoClasses, binary_labels, check_present, class_groups
 
 __all__ = ["check_schema", "column_names", "decode", "read_parquet", "reading"]
 
@@ -130,29 +130,30 @@ def check_schema(file: Path, image_column: str) -> None:
 
 
 def read_parquet(
-    files: Sequence[Path], image_column: str, classes: tuple[int, int], mode: str = "RGB", size: int = 32
+    files: Sequence[Path], image_column: str, classes: TwoClasses, mode: str = "RGB", size: int = 32
 ) -> Samples:
-    """Read the images of two classes.
+    """Read the images of two classes, or of two groups of classes.
 
     Args:
         files: Parquet files with the columns ``image_column`` (struct with ``bytes``, an encoded picture) and
             ``label``.
         image_column: Name of the column of images.
-        classes: Class numbers for the labels -1 and +1.
+        classes: Class numbers for the labels -1 and +1, one or several for each.
         mode: "RGB" for images of three channels, "L" for one.
         size: Height and width of the pictures in pixels.
 
     Returns:
-        uint8 images (n, C, size, size) and labels (n,), in the order of the files.
+        uint8 images (n, C, size, size), labels (n,) and class numbers (n,), in the order of the files.
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: A file is damaged, a column is missing or of another type, a picture cannot be read, or no row has
-            one of the two classes.
+        ValueError: A file is damaged, a column is missing or of another type, a picture cannot be read, no row has one
+            of the classes, or a class of a group has no row.
     """
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    wanted = [number for group in class_groups(classes) for number in group]
     images: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     for file in files:
@@ -161,16 +162,18 @@ def read_parquet(
         check_schema(file, image_column)
         with reading(file):
             every = pq.read_table(file, columns=["label"])["label"].to_numpy()
-            chosen = pc.field("label").isin(list(classes))
+            chosen = pc.field("label").isin(wanted)
             table = pq.read_table(file, columns=[image_column, "label"], filters=chosen)
         pictures = pc.struct_field(table[image_column], "bytes").to_pylist()
-        images.append(decode(pictures, file, np.flatnonzero(np.isin(every, classes)).tolist(), mode, size))
+        images.append(decode(pictures, file, np.flatnonzero(np.isin(every, wanted)).tolist(), mode, size))
         labels.append(table["label"].to_numpy())
     pixels = torch.from_numpy(np.concatenate(images))
     if not len(pixels):
         raise ValueError(f"No image of the classes {classes} in {[str(file) for file in files]}.")
+    numbers = np.concatenate(labels)
+    check_present(numbers, classes, ", ".join(map(str, files)))
     pixels = pixels.unsqueeze(1) if mode == "L" else pixels.movedim(-1, 1)
-    return Samples(pixels.contiguous(), binary_labels(np.concatenate(labels), classes))
+    return Samples(pixels.contiguous(), binary_labels(numbers, classes), torch.from_numpy(numbers))
 
 
 def _is_binary(field: Any) -> bool:  # noqa: ANN401 - pyarrow ships no types

@@ -10,7 +10,7 @@ from typing import Any
 
 from ntk_lightning.datamodules.base import ImageDataModule
 from ntk_lightning.datamodules.cache import cache_folder
-from ntk_lightning.datamodules.image_file import ImageFile, key_of_files
+from ntk_lightning.datamodules.image_file import SHAPE, ImageFile, key_of_files
 from ntk_lightning.datamodules.samples import Samples
 
 __all__ = ["PreparedDataModule"]
@@ -33,6 +33,8 @@ class PreparedDataModule(ImageDataModule):
     Raises:
         FileNotFoundError: ``path`` lacks a part.
     """
+
+    side = SHAPE[0]
 
     def __init__(
         self,

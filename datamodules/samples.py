@@ -31,11 +31,13 @@ class Batch(NamedTuple):
 class Samples:
     """Inputs ``x``, such as images (n, C, H, W), and labels ``y``, (n,) or (n, C).
 
-    Inputs of the user's own loaders may be tuples, lists and mappings of tensors that each have the n samples first.
+    Inputs of the user's own loaders may be tuples, lists and mappings of tensors that each have the n samples first. A
+    pool whose labels stand for groups of classes may have the class of each sample, ``classes`` (n,).
     """
 
     x: Tree
     y: Tensor
+    classes: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -46,7 +48,8 @@ class Samples:
 
     def take(self, index: slice | Tensor) -> Samples:
         """Take some samples: a slice, which gives views, or positions (m,)."""
-        return Samples(take_samples(self.x, index), self.y[index])
+        classes = None if self.classes is None else self.classes[index]
+        return Samples(take_samples(self.x, index), self.y[index], classes)
 
 
 def samples_of(trainer: Trainer, split: str) -> Samples:

@@ -32,9 +32,22 @@ if TYPE_CHECKING:
         SyntheticTeacher,
         TensorData,
     )
-    from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK, KernelStore, compute_on_ray, kernel_key
+    from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK, KernelStore, compute_on_ray, kernel_key, monte_carlo
     from ntk_lightning.modules import FiniteNetwork, InfiniteNTKReadout, KernelReadout, LinearizedNetwork
-    from ntk_lightning.networks import MLP, Erf, FiveLayerCNN, MyrtleCNN, NTKConv2d, NTKLinear, Pointwise, Residual
+    from ntk_lightning.networks import (
+        MLP,
+        ChannelNorm,
+        Erf,
+        FiveLayerCNN,
+        MyrtleCNN,
+        NTKConv1d,
+        NTKConv2d,
+        NTKLinear,
+        Pointwise,
+        Residual,
+        SelfAttention,
+        ntk_parameterize,
+    )
     from ntk_lightning.optim import OptimizerConfig, critical_learning_rate
     from ntk_lightning.scaling import (
         ExponentDifference,
@@ -88,6 +101,7 @@ __all__ = [
     "BatchLoader",
     "CIFAR5mBinary",
     "CIFAR10Binary",
+    "ChannelNorm",
     "ComparisonTable",
     "EmpiricalNTK",
     "EmpiricalNTKDynamics",
@@ -113,6 +127,7 @@ __all__ = [
     "LinearizedNetwork",
     "ModelErrors",
     "MyrtleCNN",
+    "NTKConv1d",
     "NTKConv2d",
     "NTKLinear",
     "OptimalEarlyStopping",
@@ -125,6 +140,7 @@ __all__ = [
     "SVHNParity",
     "Samples",
     "ScheduledCallback",
+    "SelfAttention",
     "StopAtTrainError",
     "StudyConfig",
     "StudyError",
@@ -144,8 +160,10 @@ __all__ = [
     "kernel_sgd",
     "kernel_sgd_grid",
     "log_marginal_likelihood",
+    "monte_carlo",
     "nngp_posterior",
     "ntk_ensemble",
+    "ntk_parameterize",
     "predict_learning_curve",
     "read_config",
     "read_results",

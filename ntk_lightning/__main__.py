@@ -9,6 +9,7 @@ import traceback
 from pathlib import Path
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import distributed
 
 from ntk_lightning.cli import main
 
@@ -68,6 +69,8 @@ def run() -> None:
         print("tip: To see where it happened set NTK_LIGHTNING_TRACEBACK=1", file=sys.stderr)
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()  # its threads can abort a process that exits with it
 
 
 if __name__ == "__main__":

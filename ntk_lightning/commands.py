@@ -137,6 +137,8 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
     scales = "a scale of the study: small (the embedded images, for two cores), cifar10 (hours on them)"
     add("--scale", help=f"{scales}; without it the paper's size, CIFAR-5m (a download of 18 GB), for GPUs")
     add("--output", metavar="FOLDER", help="where results go (default: runs/studies/SCALE); run again to resume")
+    rates = "only print the critical learning rate of every kernel on these seeds, best such as the study does not use"
+    add("--critical", nargs="+", type=int, metavar="SEED", help=rates)
     add("--wandb", metavar="PROJECT", help="log what is not yet logged as runs of this W&B project (default: none)")
 
 

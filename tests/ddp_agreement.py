@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from test_public_reports_lightning import ntk
-from tiny import QUIET
+from tiny import QUIET, leave_group
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -223,3 +223,4 @@ if __name__ == "__main__":
     found["sharded, rounding"] = told(lambda: same.sharded(rounded))
     if rank == 0:
         torch.save(found, folder / "found.pt")
+    leave_group()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from tiny import QUIET
+from tiny import QUIET, leave_group
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -83,3 +83,4 @@ if __name__ == "__main__":
     distributed.all_gather_object(everywhere, told)
     if distributed.get_rank() == 0:
         torch.save({**found, "told": everywhere}, folder / "found.pt")
+    leave_group()

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from ddp_run import OPTIMIZER, brighten, flat_net
 from lightning import Callback, LightningModule, Trainer
-from tiny import QUIET, data
+from tiny import QUIET, data, leave_group
 
 from ntk_lightning.callbacks import AfterKernel, EmpiricalNTKDynamics, ResumableCheckpoint
 from ntk_lightning.modules import FiniteNetwork
@@ -56,3 +56,4 @@ if __name__ == "__main__":
     trainer.fit(module, datamodule)
     if trainer.is_global_zero:
         torch.save(module.state_dict(), folder / "weights.pt")
+    leave_group()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
-from tiny import QUIET, data, net
+from tiny import QUIET, data, leave_group, net
 from torch import Tensor, nn
 
 from ntk_lightning.callbacks import (
@@ -101,3 +101,4 @@ if __name__ == "__main__":
     found = train_all(folder, strategy="ddp", devices=devices, num_nodes=num_nodes)
     if torch.distributed.get_rank() == 0:
         torch.save(found, folder / "found.pt")
+    leave_group()

@@ -27,9 +27,10 @@ from ntk_lightning.kernels.infinite.activations import (
     dual_activation,
     read_activation,
 )
-from ntk_lightning.kernels.infinite.architecture import Conv, Flatten, Linear, parse
+from ntk_lightning.kernels.infinite.architecture import Conv, Flatten, Linear
 from ntk_lightning.kernels.infinite.functions import MODULES, read_function
 from ntk_lightning.kernels.infinite.fused import unsupported
+from ntk_lightning.kernels.infinite.lift import parse
 from ntk_lightning.kernels.infinite.quadrature import Duals, expectations
 from ntk_lightning.networks import MLP, NTKConv2d, NTKLinear, Pointwise
 

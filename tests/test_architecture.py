@@ -10,16 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from ntk_lightning.kernels.infinite.activations import Activation
-from ntk_lightning.kernels.infinite.architecture import (
-    Conv,
-    Flatten,
-    GlobalAvgPool,
-    Linear,
-    Pool,
-    Sum,
-    check_shape,
-    parse,
-)
+from ntk_lightning.kernels.infinite.architecture import Conv, Flatten, GlobalAvgPool, Linear, Pool, Scale, Sum
+from ntk_lightning.kernels.infinite.lift import parse
+from ntk_lightning.kernels.infinite.shapes import check_shape
 from ntk_lightning.networks import MLP, Erf, FiveLayerCNN, MyrtleCNN, NTKConv2d, NTKLinear, Residual
 
 
@@ -58,10 +51,9 @@ def test_width_does_not_change_the_layers() -> None:
     [
         (nn.MaxPool2d(2), "MaxPool2d"),
         (nn.BatchNorm2d(3), "BatchNorm2d"),
-        (nn.Conv2d(3, 3, 3), "Conv2d"),
+        (nn.Conv2d(3, 3, 3, groups=3), "Conv2d"),
         (nn.PReLU(), "PReLU"),
-        (nn.AvgPool2d(2, padding=1), "AvgPool2d"),
-        (nn.AvgPool2d((2, 3)), "square"),
+        (nn.AvgPool2d(2, ceil_mode=True), "AvgPool2d"),
         (nn.AdaptiveAvgPool2d(2), "AdaptiveAvgPool2d"),
         (nn.Flatten(2), "Flatten"),
     ],
@@ -95,9 +87,16 @@ def one_bias() -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize("make", [repeated_layer, repeated_block, one_bias])
-def test_tied_weights_are_refused(make: Callable[[], nn.Module]) -> None:
-    with pytest.raises(TypeError, match=r"net\.2.* and net\..* share a parameter.*tied weights is not supported"):
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (repeated_layer, r"net\.0 is used twice"),
+        (repeated_block, r"net\.1\.body\.1 is used twice"),
+        (one_bias, r"net\.2 and net\.0 share a parameter"),
+    ],
+)
+def test_tied_weights_are_refused(make: Callable[[], nn.Module], named: str) -> None:
+    with pytest.raises(TypeError, match=named + ".*tied weights is not supported"):
         parse(make())
 
 
@@ -132,10 +131,15 @@ def test_a_subclass_that_computes_the_same_is_taken() -> None:
     assert parse(Named()) == parse(nn.Sequential(*Named()))
 
 
+def test_a_forward_of_its_own_counts() -> None:
+    with pytest.raises(ValueError, match="readout"):
+        parse(nn.Sequential(Doubled(), nn.ReLU()))
+    assert parse(Doubled()) == (Linear(2**0.5, 0.0), Scale(2.0))
+
+
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (Doubled, "net is a Doubled .* not that of Sequential"),
         (lambda: nn.Sequential(Centered(2, 1)), r"net\.0 is a Centered"),
         (lambda: nn.Sequential(NTKLinear(2, 2), Leaky(), NTKLinear(2, 1)), r"net\.1 is a Leaky"),
         (replaced, r"net\.1 is a ReLU with a forward of its own"),
@@ -193,7 +197,7 @@ def test_shapes_are_followed() -> None:
 @pytest.mark.parametrize(
     ("net", "shape", "advice"),
     [
-        (MyrtleCNN(1), (6, 8), "resize or pad"),
+        (MyrtleCNN(1), (3, 8), "too small"),
         (MyrtleCNN(1), (), r"\(n, C, H, W\)"),
         (nn.Sequential(NTKConv2d(1, 1, 5, "valid"), nn.Flatten(), NTKLinear(1, 1)), (4, 9), "too small"),
         (nn.Sequential(NTKConv2d(1, 1, 3), NTKLinear(1, 1)), (4, 4), "nn.Flatten"),

@@ -8,28 +8,18 @@ from torch import Tensor, nn
 
 from ntk_lightning.kernels.infinite import reference
 from ntk_lightning.kernels.infinite.activations import Activation
-from ntk_lightning.kernels.infinite.architecture import Conv, Layer, Pool, check_shape, parse
+from ntk_lightning.kernels.infinite.architecture import Layer
 from ntk_lightning.kernels.infinite.fused import finish, near_duplicates, pixel_variances, plan, unsupported
+from ntk_lightning.kernels.infinite.lift import parse
+from ntk_lightning.kernels.infinite.shapes import check_shape
 from ntk_lightning.networks import MLP, Erf, FiveLayerCNN, MyrtleCNN, NTKConv2d, NTKLinear, Residual
 
 
 def dense_variances(layers: tuple[Layer, ...], x: Tensor) -> list[Tensor]:
     """Variances of all pixels before each activation, one sample at a time through the whole covariance."""
-    rows = []
-    for image in x.split(1):
-        k, row = reference._input_variance(image), []
-        for layer in layers:
-            match layer:
-                case Conv() | Pool():
-                    k = reference._linear_map(layer, k)
-                case Activation():
-                    variance = reference._pixel_variance(k)
-                    row.append(variance)
-                    k = reference.dual_activation(layer, k, variance[:, :, :, None, None], variance[:, None, None])[0]
-                case _:
-                    break
-        rows.append(row)
-    return [torch.cat(variances) for variances in zip(*rows, strict=True)]
+    rows = [reference.variances(reference.Network.of(layers, image), image) for image in x.split(1)]
+    before = [i for i, layer in enumerate(layers, 1) if isinstance(layer, Activation)]
+    return [torch.cat([row[i] for row in rows]) for i in before]
 
 
 def conv_erf_gelu() -> nn.Sequential:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ntk_lightning.kernels.infinite import fused_cpu, reference
-from ntk_lightning.kernels.infinite.architecture import parse
+from ntk_lightning.kernels.infinite.lift import parse
 from ntk_lightning.networks import Erf, FiveLayerCNN, MyrtleCNN, NTKConv2d, NTKLinear
 
 KINDS = ("nngp", "ntk")
@@ -231,7 +231,7 @@ def test_a_second_process_finds_the_compiled_code() -> None:
     code = """
 import torch
 from ntk_lightning.kernels.infinite import fused_cpu, fused_cpu_numba
-from ntk_lightning.kernels.infinite.architecture import parse
+from ntk_lightning.kernels.infinite.lift import parse
 from ntk_lightning.networks import MyrtleCNN
 fused_cpu.gram(parse(MyrtleCNN(1)), "ntk", torch.ones(1, 3, 4, 4), None, lambda _: None)
 stats = fused_cpu_numba.run_block.stats

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ntk_lightning.kernels.infinite import reference
-from ntk_lightning.kernels.infinite.architecture import parse
 from ntk_lightning.kernels.infinite.fused import plan, unsupported
+from ntk_lightning.kernels.infinite.lift import parse
 from ntk_lightning.networks import Erf, FiveLayerCNN, MyrtleCNN, NTKConv2d, NTKLinear
 
 kernel = pytest.importorskip("ntk_lightning.kernels.infinite.fused_cuda_triton", reason="Triton exists on Linux only")

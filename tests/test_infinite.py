@@ -150,8 +150,9 @@ def test_unknown_arguments_are_refused(arguments: dict[str, str]) -> None:
         (torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4).double(), ValueError, "dtype"),
         (torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 8, 8), ValueError, "shapes"),
         (torch.zeros(0, 3, 4, 4), None, ValueError, "at least one"),
-        (torch.zeros(2, 4, 4), None, ValueError, "must be"),
-        (torch.zeros(2, 3, 6, 6), None, ValueError, "resize or pad"),
+        (torch.zeros(2, 3, 4, 4, 4), None, ValueError, "must be"),
+        (torch.zeros(2, 3, 4), None, ValueError, "needs images"),
+        (torch.zeros(2, 3, 3, 6), None, ValueError, "too small"),
         (torch.zeros(2, 48), None, ValueError, "vector reaches it"),
     ],
 )

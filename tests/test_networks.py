@@ -84,7 +84,7 @@ def test_numpy_numbers_become_plain_ones() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: NTKConv2d(3, 2, (3, 3)), r"kernel_size=\(3, 3\): give one int"),  # type: ignore[arg-type]  # on purpose
+        (lambda: NTKConv2d(3, 2, (3, 3.0)), r"kernel_size=\(3, 3.0\): give one int"),  # type: ignore[arg-type]  # on purpose
         (lambda: NTKConv2d(3, 2, True), "kernel_size=True"),
         (lambda: NTKConv2d(3, 2, 3, stride=1.5), "stride=1.5"),  # type: ignore[arg-type]  # on purpose
         (lambda: NTKConv2d("3", 2, 3), "in_channels='3'"),  # type: ignore[arg-type]  # on purpose

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 from ntk_lightning.kernels import EmpiricalNTK
 from ntk_lightning.kernels.infinite import reference
 from ntk_lightning.kernels.infinite.activations import Activation
-from ntk_lightning.kernels.infinite.architecture import check_shape, parse
+from ntk_lightning.kernels.infinite.lift import parse
+from ntk_lightning.kernels.infinite.shapes import check_shape
 from ntk_lightning.networks import MLP, Erf, NTKConv2d, NTKLinear, Residual
 
 

@@ -100,7 +100,7 @@ def test_nested_infinite_cells_share_one_store(tmp_path: Path) -> None:
     file = CONFIGS / "figure_1a.yaml"
     group = read_config([file, tiny(file, tmp_path)]).cells()["infinite NTK"]
     for cell in group:
-        run_cell(cell, tmp_path / "grams", "1GB")
+        run_cell(cell, tmp_path, "1GB")
     assert len([path for path in (tmp_path / "grams").iterdir() if path.is_dir()]) == 1
 
 
@@ -347,9 +347,9 @@ def test_nodes_that_are_gone_have_no_room(monkeypatch: pytest.MonkeyPatch) -> No
     ray = SimpleNamespace(is_initialized=lambda: True, nodes=lambda: nodes)
     monkeypatch.setitem(sys.modules, "ray", ray)
     for cpus, slots in ((None, 3), (1, 6)):
-        with on_ray("local", Path(), Resources("local", cpus)) as executor:
+        with on_ray("local", Path(), Resources("local", cpus), {}) as executor:
             assert executor.slots == slots
-    with pytest.raises(ValueError, match="A cell asks for 8 CPUs"), on_ray("local", Path(), Resources("local", 8)):
+    with pytest.raises(ValueError, match="A cell asks for 8 CPUs"), on_ray("local", Path(), Resources("local", 8), {}):
         pass
 
 
@@ -490,7 +490,7 @@ def test_a_cell_leaves_no_file_where_it_is_run(tmp_path: Path, monkeypatch: pyte
     cell = read_config([file, tiny(file, tmp_path)]).cells()["network"][0]
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    run_cell(cell, tmp_path / "grams", "1GB")
+    run_cell(cell, tmp_path, "1GB")
     assert not list((tmp_path / "here").iterdir())
 
 

@@ -21,6 +21,7 @@ def tied() -> nn.Sequential:
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "erf": (lambda: MLP(7, 2, 5, Erf, num_outputs=2, bias_std=0.3), (5,)),
     "relu": (lambda: MLP(7, 3, 5), (5,)),
+    "silu": (lambda: MLP(7, 2, 5, nn.SiLU), (5,)),  # torch has no nested forward mode of it
     "myrtle": (lambda: MyrtleCNN(3), (3, 8, 8)),
     "conv_gelu": (
         lambda: nn.Sequential(NTKConv2d(2, 3, 3, bias_std=0.2), nn.GELU(), nn.Flatten(), NTKLinear(48, 1)),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ntk_lightning.datamodules import TensorData
 from ntk_lightning.networks import FiveLayerCNN
@@ -35,6 +35,12 @@ def file_size_limit(limit: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def leave_group() -> None:
+    """End the processes' group once all of them are done: threads of gloo can abort a process that exits with it."""
+    distributed.barrier()
+    distributed.destroy_process_group()
 
 
 def data(n: int = 40, pool: int = 60, **kwargs: Any) -> TensorData:  # noqa: ANN401 - passed on

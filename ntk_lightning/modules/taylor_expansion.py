@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.func import functional_call
 
 from ntk_lightning.kernels.empirical.derivatives import (
     ForwardModeWatch,
@@ -24,16 +24,19 @@ from ntk_lightning.kernels.empirical.network_state import Weights, preserved, us
 from ntk_lightning.kernels.empirical.rows import AllocationMeter
 from ntk_lightning.kernels.empirical.standard_layers import is_standard
 from ntk_lightning.modules.gradient_product import by_gradients
+from ntk_lightning.modules.layer_by_layer import is_chain
+from ntk_lightning.modules.output_gradient import by_output_gradient
+from ntk_lightning.modules.taylor_mode import nested_derivatives, taylor_coefficients
 from ntk_lightning.precision import own_precision
 
 __all__ = ["taylor_expansion"]
 
 _Function = Callable[[Weights], Tensor]  # w -> f
-_Derivatives = Callable[[Weights], tuple[Tensor, ...]]  # w -> (f, f', ..., f^(j))
 _Way = Literal["forward", "reverse", "gradients"]
 
 _log = logging.getLogger(__name__)
 _BY_GRADIENTS = "%s is linearized by the gradients of all outputs, one sample at a time. %s"
+_not_one_output: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()  # which selections and inputs
 _ways: WeakKeyDictionary[nn.Module, dict[Hashable, _Way]] = WeakKeyDictionary()  # what was found, for each network
 
 
@@ -50,12 +53,14 @@ def taylor_expansion(
 
     g_k = sum_{j=1..k} (1/j!) D^j f(w0, x)[d, ..., d]; order 1 is the linearized network of Lee et al. (2019, arXiv
     1902.06720), higher orders are in Bai and Lee (2020, arXiv 1910.01619). The derivatives are those of reverse mode,
-    by which networks are trained. They are computed by nested Jacobian-vector products, which costs about 2^k
-    evaluations of the network; or, where forward mode would differ (``torch.no_grad()`` within the network) or has no
-    formula, by reverse mode applied twice for each order; or, at order 1 where that differs too (a backward that
-    cannot be differentiated), by the gradient of every output of every sample. Ordinary backward differentiates the
-    result with respect to d. Works under :func:`torch.no_grad` and :func:`torch.inference_mode` too. The network's
-    buffers do not change.
+    by which networks are trained. Chains (``nn.Sequential``, ``Residual``) of the package's and PyTorch's usual layers
+    carry Taylor coefficients from layer to layer, which costs about k evaluations of the network, or, for one output at
+    order 1, take the gradient of that output in what the layers give. Other networks take nested Jacobian-vector
+    products, about 2^k evaluations; or, where forward mode would differ (``torch.no_grad()`` within the network) or has
+    no formula, reverse mode applied twice for each order; or, at order 1 where that differs too (a backward that cannot
+    be differentiated), the gradient of every output of every sample. Ordinary backward differentiates the result with
+    respect to d. Works under :func:`torch.no_grad` and :func:`torch.inference_mode` too. The network's buffers do not
+    change.
 
     Args:
         net: Maps (n, ...) to (n,) or (n, C), or to what ``output`` takes; gives the structure, the buffers and the
@@ -104,13 +109,44 @@ def taylor_expansion(
 
             return f
 
-        if standard:
-            values = _by_forward_mode(outputs(inputs), moved, along, order)
+        if standard and is_chain(net, inputs) and not _differentiated_otherwise(fixed, along, inputs):
+            terms = _by_layers(net, fixed, along, inputs, order, output, training)
         else:
-            values = _forward_or_reverse(net, outputs, inputs, moved, along, order, output)
-        terms = [value / math.factorial(j) for j, value in enumerate(values)]
+            if standard:
+                values = nested_derivatives(outputs(inputs), moved, along, order)
+            else:
+                values = _forward_or_reverse(net, outputs, inputs, moved, along, order, output)
+            terms = [value / math.factorial(j) for j, value in enumerate(values)]
         expansion = torch.stack(terms[0 if include_f0 else 1 :]).sum(0)
     return expansion if training else expansion.detach()
+
+
+def _differentiated_otherwise(w0: Weights, direction: Weights, inputs: Inputs) -> bool:
+    """Whether the result will be differentiated in more than the direction, or by transforms of torch.func."""
+    fixed = (*w0.values(), *inputs.leaves)
+    wrapped = map(torch._C._functorch.is_functorch_wrapped_tensor, (*fixed, *direction.values()))
+    return any(tensor.requires_grad for tensor in fixed) or any(wrapped)
+
+
+def _by_layers(
+    net: nn.Module, w0: Weights, direction: Weights, inputs: Inputs, order: int, output: Output, training: bool
+) -> list[Tensor]:
+    """Taylor coefficients of a chain of standard layers: the cheapest way to a training step, or to values alone."""
+    x, known, key = (
+        inputs.arguments()[0][0],
+        _not_one_output.setdefault(net, set()),
+        (output, inputs.leaves[0].shape[1:]),
+    )
+    number = None if callable(output) else output
+    # One backward pass of f is the cheapest for one output, but keeps activations and forms small numbers: only where a
+    # backward pass follows, and not in half precision.
+    exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
+    if order == 1 and training and exact and key not in known:
+        found = by_output_gradient(net, w0, direction, x, number)
+        if found is not None:
+            return list(found)
+        known.add(key)
+    return [_selected(output, value) for value in taylor_coefficients(net, w0, direction, x, order)]
 
 
 @contextmanager
@@ -139,7 +175,7 @@ def _forward_or_reverse(
             known[key] = _try(net, outputs(inputs[:2]), w, order, inputs.device)
     if known[key] == "forward":
         with ForwardModeWatch() as watch:
-            values = _by_forward_mode(f, w, direction, order)
+            values = nested_derivatives(f, w, direction, order)
         if watch.found is None:
             return values
         known[key] = "reverse"  # a branch of the network that the trial did not see
@@ -176,7 +212,7 @@ def _try(net: nn.Module, f: _Function, w: Weights, order: int, device: torch.dev
             "is expanded at: turn checkpointing off, in transformers by net.gradient_checkpointing_disable()."
         ) from error
     gradient = {n: g.to_dense() if g.is_sparse else g for n, g in zip(leaves, found, strict=True)}
-    ways: dict[_Way, Callable[..., tuple[Tensor, ...]]] = {"forward": _by_forward_mode, "reverse": _by_reverse_mode}
+    ways: dict[_Way, Callable[..., tuple[Tensor, ...]]] = {"forward": nested_derivatives, "reverse": _by_reverse_mode}
     for way, derivatives in ways.items():
         watch = ForwardModeWatch()
         try:
@@ -204,24 +240,6 @@ def _try(net: nn.Module, f: _Function, w: Weights, order: int, device: torch.dev
         f"{type(net).__name__} cannot be expanded to order {order}. {reasons} Write the backward of its functions in "
         "differentiable operations, or use order=1."
     )
-
-
-def _by_forward_mode(f: _Function, w: Weights, direction: Weights, order: int) -> tuple[Tensor, ...]:
-    """Nested Jacobian-vector products."""
-    derivatives: _Derivatives = lambda w: (f(w),)  # noqa: E731 - it is replaced by functions of its kind
-    for _ in range(order):
-        derivatives = _append_derivative(derivatives, direction)
-    return derivatives(w)
-
-
-def _append_derivative(derivatives: _Derivatives, direction: Weights) -> _Derivatives:
-    """Go one derivative along a fixed direction further."""
-
-    def extended(w: Weights) -> tuple[Tensor, ...]:
-        values, tangents = jvp(derivatives, (w,), (direction,))[:2]
-        return (*values, tangents[-1])
-
-    return extended
 
 
 def _by_reverse_mode(f: _Function, w: Weights, direction: Weights, order: int) -> tuple[Tensor, ...]:

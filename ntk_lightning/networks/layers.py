@@ -1,23 +1,26 @@
-r"""Layers in the neural tangent parameterization.
+r"""Affine layers in the neural tangent parameterization, or in the standard one.
 
-Every weight and bias is drawn from N(0, 1); a layer computes
+Neural tangent parameterization: every weight and bias is drawn from N(0, 1), and a layer computes
 
     z = weight_std / sqrt(fan_in) * (W x) + bias_std * b,
 
-with ``fan_in = in_features`` (linear) or ``in_channels * kernel_height * kernel_width`` (convolution). In this
+with ``fan_in = in_features`` (linear) or ``in_channels`` times the pixels of the filter (convolution). In this
 parameterization the neural tangent kernel has a finite limit at infinite width (Jacot, Gabriel and Hongler, 2018,
-arXiv 1806.07572; Sohl-Dickstein et al., 2020, arXiv 2001.07301).
+arXiv 1806.07572).
 
-An architecture is one plain :class:`torch.nn.Sequential`, whatever is done with it: the finite network runs it, the
-linearized network differentiates it, :class:`ntk_lightning.kernels.InfiniteNTK` walks it.
+Standard parameterization, that of plain PyTorch layers: ``z = W x + b`` with W of N(0, weight_std^2 / fan_in) and b of
+N(0, bias_std^2). The outputs have the same distribution; the gradient by W has ``fan_in / weight_std^2`` times the
+squared norm, so that the kernel grows with the width (Sohl-Dickstein et al., 2020, arXiv 2001.07301).
+
+One module is the only definition of an architecture, whatever is done with it: the finite network runs it, the
+linearized network differentiates it, :class:`ntk_lightning.kernels.InfiniteNTK` reads it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,194 +28,193 @@ from torch.nn import functional as F
 
 from ntk_lightning.whole_number import check_whole
 
-__all__ = ["Erf", "NTKConv2d", "NTKLinear", "Pointwise", "Residual"]
+__all__ = ["ChannelNorm", "NTKLayer", "NTKLinear", "Parameterization", "Residual", "check_scales"]
+
+Parameterization = Literal["ntk", "standard"]
 
 
-class _NTKLayer(nn.Module):
-    """What the two affine layers share: N(0, 1) parameters and the scales that stand outside them."""
+def check_scales(owner: str, bias_std: object, **scales: object) -> None:
+    """Check standard deviations: that of a bias may be 0, all others are positive.
 
-    def __init__(self, weight_shape: tuple[int, ...], weight_std: float, bias_std: float) -> None:
+    Args:
+        owner: What needs them, for the message.
+        bias_std: That of the bias.
+        **scales: The others, by name.
+
+    Raises:
+        TypeError: One is not a number.
+        ValueError: One is out of range.
+    """
+    given = " and ".join(f"{name}={value!r}" for name, value in {**scales, "bias_std": bias_std}.items())
+    values = [*scales.values(), bias_std]
+    if not all(isinstance(value, Real) and not isinstance(value, bool) for value in values):
+        raise TypeError(f"{owner} needs standard deviations that are numbers, got {given}.")
+    *others, of_bias = (float(cast(Real, value)) for value in values)
+    if not (all(0 < value < math.inf for value in others) and 0 <= of_bias < math.inf):
+        raise ValueError(f"{owner}: {', '.join(scales)} must be > 0 and bias_std >= 0, got {given}.")
+
+
+class NTKLayer(nn.Module):
+    """What the affine layers share: parameters, their distribution, and the scales that stand outside them."""
+
+    # Not an attribute of every layer: the attributes of a network name its stored kernels.
+    parameterization: Parameterization = "ntk"
+
+    def __init__(
+        self, shape: tuple[int, ...], weight_std: float, bias_std: float, parameterization: Parameterization, bias: bool
+    ) -> None:
         super().__init__()
-        scales: tuple[object, ...] = weight_std, bias_std
-        if not all(isinstance(scale, Real) for scale in scales):
-            raise TypeError(f"weight_std and bias_std must be numbers, got {weight_std=} and {bias_std=}.")
-        if not (0 < weight_std < math.inf and 0 <= bias_std < math.inf):
-            raise ValueError(f"weight_std must be > 0 and bias_std >= 0, got {weight_std=} and {bias_std=}.")
-        if min(weight_shape) < 1:
-            raise ValueError(f"{type(self).__name__} needs positive sizes, got a weight of shape {weight_shape}.")
+        name = type(self).__name__
+        check_scales(name, bias_std, weight_std=weight_std)
+        if parameterization not in ("ntk", "standard"):
+            raise ValueError(f'parameterization must be "ntk" or "standard", got {parameterization!r}.')
+        if not isinstance(bias, bool):
+            raise TypeError(f"bias must be True or False, got {bias!r}; its scale is bias_std.")
+        if not bias and bias_std > 0:
+            raise ValueError(f"bias=False contradicts {bias_std=}: leave one of the two out.")
+        if min(shape) < 1:
+            raise ValueError(f"{name} needs positive sizes, got a weight of shape {shape}.")
+        if parameterization == "standard":
+            self.parameterization = parameterization
         self.weight_std, self.bias_std = float(weight_std), float(bias_std)
-        self.fan_in = math.prod(weight_shape[1:])
-        self.weight = nn.Parameter(torch.empty(weight_shape))
-        self.bias = nn.Parameter(torch.empty(weight_shape[0])) if bias_std > 0 else None
+        self.fan_in = math.prod(shape[1:])
+        self.weight = nn.Parameter(torch.empty(shape))
+        # A bias of scale 0 adds nothing in the NTK parameterization; in the standard one it starts at 0 and trains.
+        has_bias = bias_std > 0 or (bias and parameterization == "standard")
+        self.bias = nn.Parameter(torch.empty(shape[0])) if has_bias else None
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Draw every parameter from N(0, 1)."""
-        for parameter in self.parameters():
-            nn.init.normal_(parameter)
+    @property
+    def weight_scale(self) -> float:
+        """What the weight is multiplied with in the forward pass."""
+        return self.weight_std / math.sqrt(self.fan_in) if self.parameterization == "ntk" else 1.0
 
-    def _check_input(self, x: Tensor, dim: int, name: str) -> None:
+    @property
+    def bias_scale(self) -> float:
+        """What the bias is multiplied with in the forward pass."""
+        return self.bias_std if self.parameterization == "ntk" else 1.0
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter from N(0, 1), or, in the standard parameterization, with the layer's scales."""
+        standard = self.parameterization == "standard"
+        nn.init.normal_(self.weight, std=self.weight_std / math.sqrt(self.fan_in) if standard else 1.0)
+        if self.bias is not None:
+            nn.init.normal_(self.bias, std=self.bias_std if standard else 1.0)
+
+    def check_input(self, x: Tensor, dim: int, name: str, form: str) -> None:
+        """Refuse inputs of another size, and say which size fits."""
         size = getattr(self, name)
         if x.dim() < -dim or x.shape[dim] != size:
-            advice = f"set {name}={x.shape[dim]}" if x.dim() >= -dim else "give it images (n, C, H, W)"
+            advice = f"set {name}={x.shape[dim]}" if x.dim() >= -dim else f"give it {form}"
             raise ValueError(f"{type(self).__name__} has {name}={size}, but gets {tuple(x.shape)}: {advice}.")
 
-    def _scaled(self) -> tuple[Tensor, Tensor | None]:
-        bias = None if self.bias is None else self.bias_std * self.bias
-        return self.weight * (self.weight_std / math.sqrt(self.fan_in)), bias
+    def scaled(self) -> tuple[Tensor, Tensor | None]:
+        """W and b as they act: with the scales that stand outside the parameters."""
+        if self.parameterization == "standard":
+            return self.weight, self.bias
+        bias = None if self.bias is None else self.bias_scale * self.bias
+        return self.weight * self.weight_scale, bias
+
+    def scales(self) -> str:
+        """Scales, and what is not the default, for printing."""
+        text = f"weight_std={self.weight_std:.4g}, bias_std={self.bias_std:.4g}"
+        if self.parameterization == "standard":
+            text += f", parameterization='standard', bias={self.bias is not None}"
+        return text
 
 
-class NTKLinear(_NTKLayer):
-    """Fully connected layer in NTK parameterization.
+class NTKLinear(NTKLayer):
+    """Fully connected layer in NTK parameterization, or in the standard one.
 
     Args:
         in_features: Size of the last dimension of the input, the fan-in.
         out_features: Size of the last dimension of the output.
         weight_std: Standard deviation of the weights at unit fan-in; sqrt(2) keeps ReLU networks' scale.
-        bias_std: Standard deviation of the biases; with 0 the layer has none.
+        bias_std: Standard deviation of the biases; with 0 the layer has none in the NTK parameterization, and one that
+            starts at 0 in the standard one.
+        parameterization: ``"ntk"``: z = weight_std / sqrt(in_features) W x + bias_std b, all entries of W and b of
+            N(0, 1). ``"standard"``: z = W x + b, of N(0, weight_std^2 / in_features) and N(0, bias_std^2).
+        bias: ``False`` for no bias.
 
     Raises:
-        TypeError: A size is not a whole number, or a standard deviation not a number.
-        ValueError: A size is not positive or a standard deviation is out of range.
+        TypeError: A size is not a whole number, a standard deviation not a number, or ``bias`` not a truth value.
+        ValueError: A size is not positive, a standard deviation is out of range, ``bias=False`` with a ``bias_std``, or
+            an unknown parameterization.
 
     Example:
         >>> NTKLinear(8, 3)(torch.ones(5, 8)).shape
         torch.Size([5, 3])
     """
 
-    def __init__(self, in_features: int, out_features: int, weight_std: float = 2**0.5, bias_std: float = 0.0) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        weight_std: float = 2**0.5,
+        bias_std: float = 0.0,
+        *,
+        parameterization: Parameterization = "ntk",
+        bias: bool = True,
+    ) -> None:
         check_whole("NTKLinear", in_features=in_features, out_features=out_features)
-        super().__init__((out_features, in_features), weight_std, bias_std)
+        super().__init__((out_features, in_features), weight_std, bias_std, parameterization, bias)
         self.in_features, self.out_features = int(in_features), int(out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        self._check_input(x, -1, "in_features")
-        return F.linear(x, *self._scaled())
+        self.check_input(x, -1, "in_features", "vectors (n, in_features)")
+        if self.parameterization == "standard" or not x.is_floating_point() or x.numel() > self.weight.numel():
+            return F.linear(x, *self.scaled())
+        # (s x) W^T instead of x (s W)^T: a wide weight is not read and written once more for a few samples
+        bias = None if self.bias is None else self.bias_scale * self.bias
+        return F.linear(x * self.weight_scale, self.weight, bias)
 
     def extra_repr(self) -> str:
         """Sizes and scales, for printing."""
-        return (
-            f"{self.in_features}, {self.out_features}, weight_std={self.weight_std:.4g}, bias_std={self.bias_std:.4g}"
-        )
+        return f"{self.in_features}, {self.out_features}, {self.scales()}"
 
 
-class NTKConv2d(_NTKLayer):
-    """Two-dimensional convolution in NTK parameterization.
+class ChannelNorm(nn.Module):
+    r"""Layer normalization over the channels of each pixel, or over the features of a vector, without gain and bias.
 
-    The fan-in counts padded zeros as inputs, as neural-tangents does.
+    .. math:: y_c = (x_c - \bar x) / \sqrt{\mathrm{var}(x) + \epsilon},
 
-    Args:
-        in_channels: Channels of the input (n, in_channels, H, W).
-        out_channels: Channels of the output.
-        kernel_size: Side of the square filter in pixels.
-        padding: ``"same"`` pads (kernel_size - 1) / 2 zeros on each side (odd filters only), ``"valid"`` pads none.
-        weight_std: Standard deviation of the weights at unit fan-in.
-        bias_std: Standard deviation of the biases; with 0 the layer has none.
-        stride: Step of the filter in pixels, the same in both directions.
-
-    Raises:
-        TypeError: A size is not one whole number, or a standard deviation not a number.
-        ValueError: An unknown padding, an even filter with ``"same"``, a size that is not positive, or a standard
-            deviation out of range.
-
-    Example:
-        >>> NTKConv2d(3, 16, 3)(torch.ones(2, 3, 8, 8)).shape
-        torch.Size([2, 16, 8, 8])
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        padding: Literal["same", "valid"] = "same",
-        weight_std: float = 2**0.5,
-        bias_std: float = 0.0,
-        stride: int = 1,
-    ) -> None:
-        sizes = {"in_channels": in_channels, "out_channels": out_channels, "kernel_size": kernel_size, "stride": stride}
-        check_whole("NTKConv2d", **sizes)
-        if padding not in ("same", "valid"):
-            raise ValueError(f'padding must be "same" or "valid", got {padding!r}.')
-        if padding == "same" and kernel_size % 2 == 0:
-            raise ValueError(f'padding="same" needs an odd kernel_size, got {kernel_size}; use "valid" or an odd one.')
-        if stride < 1:
-            raise ValueError(f"stride must be at least 1, got {stride}.")
-        super().__init__((out_channels, in_channels, kernel_size, kernel_size), weight_std, bias_std)
-        self.in_channels, self.out_channels = int(in_channels), int(out_channels)
-        self.kernel_size, self.padding, self.stride = int(kernel_size), padding, int(stride)
-
-    @property
-    def pad(self) -> int:
-        """Zeros added on each side, in pixels."""
-        return (self.kernel_size - 1) // 2 if self.padding == "same" else 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (n, in_channels, H, W) to (n, out_channels, H', W')."""
-        self._check_input(x, -3, "in_channels")
-        return F.conv2d(x, *self._scaled(), stride=self.stride, padding=self.pad)
-
-    def extra_repr(self) -> str:
-        """Sizes and scales, for printing."""
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, padding={self.padding!r}, "
-            f"stride={self.stride}, weight_std={self.weight_std:.4g}, bias_std={self.bias_std:.4g}"
-        )
-
-
-class Erf(nn.Module):
-    """Pointwise error function, the activation of Williams (1997), "Computing with infinite networks".
-
-    Example:
-        >>> Erf()(torch.tensor([0.0, 1.0]))
-        tensor([0.0000, 0.8427])
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply erf to every entry."""
-        return torch.erf(x)
-
-
-class Pointwise(nn.Module):
-    """Any function of one number, applied to every entry.
-
-    Its infinite-width kernel has a closed form where the package knows one (``torch.abs``, ``sin``, ``cos``, ``exp``,
-    ``sign``, ``erf``, ``relu``, ``F.gelu``), and is integrated numerically otherwise. a f(b x) needs no function of its
-    own: a is a factor of the ``weight_std`` of the layer after it, b of both standard deviations of that before it.
+    mean and variance over the channels c at one position (Ba, Kiros and Hinton, 2016, arXiv 1607.06450). On vectors it
+    is ``nn.LayerNorm(C, eps, elementwise_affine=False)``.
 
     Args:
-        function: Maps a tensor to one of the same shape, every entry by itself, and is differentiable by autograd.
-            Stored kernels need one that is defined by ``def`` in a module.
-        kinks: Where the function's first or second derivative jumps, other than at 0. The integration ends its panels
-            there; without them it is less accurate, and says so.
+        eps: Added to the variance.
 
     Raises:
-        TypeError: The function cannot be called or is a module, or kinks are not numbers.
-        ValueError: A kink is not finite.
+        TypeError: ``eps`` is not a number.
+        ValueError: ``eps`` is negative or infinite.
 
     Example:
-        >>> Pointwise(torch.sin)(torch.tensor([0.0, 1.0]))
-        tensor([0.0000, 0.8415])
+        >>> x = ChannelNorm()(torch.arange(24.0).reshape(2, 3, 2, 2))
+        >>> x.mean(1).abs().max().item() < 1e-6, x.square().mean(1).round(decimals=3).unique()
+        (True, tensor([1.]))
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], kinks: Sequence[float] = ()) -> None:
+    def __init__(self, eps: float = 1e-5) -> None:
         super().__init__()
-        if not callable(function) or isinstance(function, nn.Module | type):
-            raise TypeError(f"Pointwise takes a function of a tensor, got {function!r}; put a module where it is used.")
-        if not all(isinstance(kink, Real) for kink in kinks):
-            raise TypeError(f"kinks must be numbers, got {kinks!r}.")
-        if not all(math.isfinite(kink) for kink in kinks):
-            raise ValueError(f"kinks must be finite, got {kinks!r}.")
-        self.function, self.kinks = function, tuple(float(kink) for kink in kinks)
+        if not isinstance(eps, Real) or isinstance(eps, bool):
+            raise TypeError(
+                f"ChannelNorm needs a number eps, got {eps!r}; the number of channels is that of the input."
+            )
+        if not 0 <= eps < math.inf:
+            raise ValueError(f"eps must be >= 0 and finite, got {eps!r}.")
+        self.eps: float = float(eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the function to every entry."""
-        return self.function(x)
+        """Normalize (n, C) or (n, C, ...) over C."""
+        if x.dim() < 2:
+            raise ValueError(f"ChannelNorm needs inputs (n, C) or (n, C, ...), but gets {tuple(x.shape)}.")
+        variance, mean = torch.var_mean(x, dim=1, correction=0, keepdim=True)
+        return (x - mean) * torch.rsqrt(variance + self.eps)
 
     def extra_repr(self) -> str:
-        """The function's name, for printing."""
-        return getattr(self.function, "__name__", repr(self.function))
+        """What is added to the variance, for printing."""
+        return f"eps={self.eps:g}"
 
 
 class Residual(nn.Module):
@@ -226,9 +228,9 @@ class Residual(nn.Module):
         shortcut: The other branch; the identity by default.
 
     Example:
-        >>> block = Residual(nn.Sequential(nn.ReLU(), NTKConv2d(4, 4, 3)))
-        >>> block(torch.ones(2, 4, 8, 8)).shape
-        torch.Size([2, 4, 8, 8])
+        >>> block = Residual(nn.Sequential(nn.ReLU(), NTKLinear(4, 4)))
+        >>> block(torch.ones(2, 4)).shape
+        torch.Size([2, 4])
     """
 
     def __init__(self, body: nn.Module, shortcut: nn.Module | None = None) -> None:

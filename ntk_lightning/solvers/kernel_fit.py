@@ -80,6 +80,7 @@ class KernelFit(KernelModel):
         steps: Optimizer steps, or times, of the evaluations, (k,), increasing.
         curves: Errors and losses at these steps, by set: "test" and "val" where given, "train" where asked for.
         diverged: Whether a coefficient became infinite or NaN; errors from there on are 1, losses infinite.
+        critical_lr: Of a fit by SGD: the learning rate above which full-batch descent on this Gram diverges, to 1%.
 
     Example:
         >>> curve = Curve(errors=torch.tensor([0.25, 0.5]), losses=torch.tensor([0.75, 1.0]))
@@ -91,6 +92,7 @@ class KernelFit(KernelModel):
     steps: Tensor
     curves: dict[str, Curve] = field(default_factory=dict)
     diverged: bool = False
+    critical_lr: float | None = None
 
     @property
     def optimal_error(self) -> float:

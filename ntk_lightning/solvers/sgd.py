@@ -5,6 +5,7 @@ The package's runs and studies call `kernel_sgd`; `kernel_sgd_grid` is for users
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from ntk_lightning.optim import OptimizerConfig
 from ntk_lightning.progress import progress_bar
 from ntk_lightning.solvers.checks import Problem, check_optimizers, check_problem
 from ntk_lightning.solvers.kernel_fit import Curve, KernelFit, error_and_loss
-from ntk_lightning.spectrum import warn_above_critical
+from ntk_lightning.spectrum import largest_eigenvalue, warn_above_critical
 from ntk_lightning.whole_number import is_whole
 
 __all__ = ["kernel_sgd", "kernel_sgd_grid"]
@@ -172,7 +173,8 @@ def _fit_together(
     assert problem.kernel is not None, "kernel SGD takes a Gram"
     kernel, order = problem.kernel, optimizers[0]
     _, n, outputs = problem.targets.shape
-    warn_above_critical(kernel, optimizers, outputs, stacklevel=4)
+    largest = largest_eigenvalue(kernel, tolerance=1e-2)
+    warn_above_critical(kernel, optimizers, outputs, largest=largest, stacklevel=4)
 
     def models(vectors: Tensor) -> Tensor:
         """(r, m, C) to (p, C, m)."""
@@ -220,8 +222,9 @@ def _fit_together(
                 name: Curve(errors[name][i].clone() if classes else None, losses[name][i].clone()) for name in truths
             },
             diverged=not bool(finite[i]),
+            critical_lr=(1 + optimizer.momentum) * n * outputs / largest if largest > 0 else math.inf,
         )
-        for i, (_, classes) in enumerate(pairs)
+        for i, (optimizer, classes) in enumerate(pairs)
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -17,7 +18,7 @@ from ntk_lightning.studies.cell_config import Cell
 from ntk_lightning.studies.config import StudyConfig
 from ntk_lightning.studies.schema import AFTER, DURING, FRESH
 
-__all__ = ["build", "check_study", "set_up_data"]
+__all__ = ["LoadedData", "build", "check_study", "set_up_data"]
 
 
 def build(cell: Cell) -> tuple[ImageDataModule, nn.Sequential]:
@@ -76,7 +77,21 @@ def check_study(config: StudyConfig, arms: Mapping[str, Sequence[Cell]]) -> None
         )
 
 
-def set_up_data(cells: Sequence[Cell], *, finished: bool = False) -> str | None:
+@dataclass(frozen=True)
+class LoadedData:
+    """What a study must know of its data.
+
+    Args:
+        digest: Of the pools: of their shapes, and of the labels and images of up to 1024 samples spread over each,
+            which a changed file or a changed ``load`` changes.
+        pool: Samples of the training pool.
+    """
+
+    digest: str
+    pool: int
+
+
+def set_up_data(cells: Sequence[Cell], *, finished: bool = False) -> LoadedData | None:
     """Set up the data of the cell that needs the most samples, which downloads what has to be downloaded.
 
     Args:
@@ -85,8 +100,7 @@ def set_up_data(cells: Sequence[Cell], *, finished: bool = False) -> str | None:
             ``prepare_data``, which may download.
 
     Returns:
-        A digest of the data's pools, None where they were not loaded: of their shapes, and of the labels and images of
-        up to 1024 samples spread over each, which a changed file or a changed ``load`` changes.
+        What the data are; None where they were not loaded.
 
     Raises:
         ValueError: The data set has too few samples, or a class path or an argument is wrong.
@@ -110,7 +124,7 @@ def set_up_data(cells: Sequence[Cell], *, finished: bool = False) -> str | None:
         digest.update(repr((tuple(pool.x.shape), str(pool.x.dtype))).encode())
         digest.update(pool.y[sample].to("cpu", torch.int8).numpy().tobytes())
         digest.update(pool.x[sample].cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return LoadedData(digest.hexdigest()[:16], len(load(train=True)))
 
 
 def _kernels(cell: Cell) -> Iterator[dict[str, Any]]:

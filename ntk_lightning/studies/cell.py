@@ -6,7 +6,7 @@ import logging
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,6 @@ from lightning import Callback, LightningModule, Trainer
 from torch import nn
 
 from ntk_lightning.callbacks import (
-    AfterKernel,
     EmpiricalNTKDynamics,
     ModelErrors,
     OptimalEarlyStopping,
@@ -28,16 +27,16 @@ from ntk_lightning.callbacks import (
 )
 from ntk_lightning.callbacks.nested_fits import fit_nested
 from ntk_lightning.datamodules.base import ImageDataModule
-from ntk_lightning.kernels import InfiniteNTK
 from ntk_lightning.kernels.empirical.evaluation import evaluation_ntk
 from ntk_lightning.kernels.grams.gram_and_cross import GramAndCross
-from ntk_lightning.kernels.grams.stored import stored_gram_and_cross
-from ntk_lightning.kernels.infinite.infinite_ntk import Kind
 from ntk_lightning.modules import FiniteNetwork, LinearizedNetwork
+from ntk_lightning.solvers import KernelFit
 from ntk_lightning.studies.build import build
 from ntk_lightning.studies.cell_config import Cell
 from ntk_lightning.studies.files import Rows
 from ntk_lightning.studies.schema import AFTER, DURING, FRESH, TRAINED
+from ntk_lightning.studies.shared_gram import cell_grams, infinite_kernel
+from ntk_lightning.studies.trained import Trained, read_trained, trained_path, write_trained
 
 __all__ = ["Outcome", "attempt", "run_cell"]
 
@@ -55,12 +54,13 @@ class Outcome:
     failure: str | None = None
 
 
-def attempt(cell: Cell, grams: Path, threads: int, memory: str, progress: bool) -> Outcome:
+def attempt(cell: Cell, folder: Path, pool: int | None, threads: int, memory: str, progress: bool) -> Outcome:
     """Run a cell once; whatever goes wrong in it is reported, and the other cells of the study go on.
 
     Args:
         cell: What to run.
-        grams: As of :func:`run_cell`, like the others.
+        folder: As of :func:`run_cell`, like the others.
+        pool: Samples of the pool whose one Gram serves the cell.
         threads: CPU threads.
         memory: Budget of an extraction.
         progress: Show progress bars.
@@ -69,20 +69,29 @@ def attempt(cell: Cell, grams: Path, threads: int, memory: str, progress: bool) 
         The rows, or the traceback.
     """
     try:
-        return Outcome(run_cell(cell, grams, memory, threads=threads, progress=progress))
+        return Outcome(run_cell(cell, folder, memory, pool=pool, threads=threads, progress=progress))
     except Exception:
         return Outcome(failure=traceback.format_exc())
 
 
-def run_cell(cell: Cell, grams: Path, memory: str, *, threads: int | None = None, progress: bool = False) -> Rows:
+def run_cell(
+    cell: Cell,
+    folder: Path,
+    memory: str,
+    *,
+    pool: int | None = None,
+    threads: int | None = None,
+    progress: bool = False,
+) -> Rows:
     """Train or fit what a cell describes.
 
     The cell's seed fixes its data, weights and batches, so that the result is the same in any process and any order.
 
     Args:
         cell: What to run.
-        grams: Folder of the store that cells share their infinite-width Grams in.
+        folder: Of the results. In it cells share ``grams``, of infinite width, and ``networks``, trained.
         memory: Budget of an extraction of an empirical NTK, such as "4GB".
+        pool: Samples of the pool whose one Gram serves the cell; None for a Gram of its own subset.
         threads: CPU threads; sums, and so the last digits, depend on their number. None leaves it as it is.
         progress: Show progress bars.
 
@@ -96,68 +105,93 @@ def run_cell(cell: Cell, grams: Path, memory: str, *, threads: int | None = None
     with torch.random.fork_rng(), _quiet_lightning(), _threads(threads):
         torch.manual_seed(cell.seed)
         data, net = build(cell)
-        if cell.model in TRAINED:
-            order = int(cell.model.split()[1]) if cell.model.startswith("order") else None
-            module = LinearizedNetwork(net, cell.optimizer, order) if order else FiniteNetwork(net, cell.optimizer)
-            with TemporaryDirectory() as scratch:
-                rows = _train(cell, module, data, memory, scratch)
+        data.prepare_data()
+        data.setup()
+        if cell.model == "network":
+            rows = _network(cell, net, data, folder, memory)
+        elif cell.model in TRAINED:
+            trained, during = _train(
+                cell, LinearizedNetwork(net, cell.optimizer, int(cell.model.split()[1])), data, memory
+            )
+            rows = [_row(cell, cell.model, trained.model_errors), *during]
         else:
-            rows = [_row(cell, cell.model, _fit_kernel(cell, net, data, grams, memory, progress))]
+            grams: GramAndCross
+            if cell.model == "empirical":
+                grams = partial(evaluation_ntk(net.to(_device()), memory).gram_and_cross, progress=progress)
+            else:
+                grams = cell_grams(cell, infinite_kernel(cell), folder / "grams", pool, progress)
+            fits = _fit_kernel(cell, grams, data, "train", [cell.n])
+            rows = [_row(cell, cell.model, ModelErrors.of_fit(cell.model, cell.n, fits[cell.n]))]
     seconds = time.perf_counter() - started
     return [{**row, "seconds": seconds} for row in rows]
 
 
-def _train(cell: Cell, module: LightningModule, data: ImageDataModule, memory: str, scratch: str) -> Rows:
-    """Train a network with the callbacks that make its rows; their own files go to a folder that is deleted."""
-    curve, after = OptimalEarlyStopping(), AfterKernel(cell.after, cell.after_fresh, memory=memory)
+def _network(cell: Cell, net: nn.Sequential, data: ImageDataModule, folder: Path, memory: str) -> Rows:
+    """Train a network, unless a cell with the same training has, and fit the kernels extracted from it."""
+    path, during = trained_path(folder, cell, data), list[dict[str, Any]]()
+    watched = cell.kernels_at or cell.log_spaced
+    trained = None if watched else read_trained(path)
+    if trained is None:
+        trained, during = _train(cell, FiniteNetwork(net, cell.optimizer), data, memory)
+        write_trained(path, trained)
+    net.load_state_dict(dict(trained.weights))
+    rows = [_row(cell, cell.model, trained.model_errors)]
+    for model, split, sizes in ((AFTER, "train", cell.after), (FRESH, "fresh", cell.after_fresh)):
+        if not sizes:
+            continue
+        try:
+            fits = _fit_kernel(cell, evaluation_ntk(net.to(_device()), memory).gram_and_cross, data, split, sizes)
+        except FloatingPointError as error:
+            warnings.warn(f"There is no after-kernel. {error}", stacklevel=2)
+            continue
+        errors = (ModelErrors.of_fit(model, n, fit) for n, fit in fits.items())
+        rows += [_row(cell, model, each, m=cell.n, t=trained.steps) for each in errors]
+    return rows + during
+
+
+def _train(cell: Cell, module: LightningModule, data: ImageDataModule, memory: str) -> tuple[Trained, Rows]:
+    """Train a module: what became of it, and the rows of its kernels during training."""
+    curve = OptimalEarlyStopping()
     during = EmpiricalNTKDynamics(log_spaced=cell.log_spaced, at=cell.kernels_at, memory=memory)
     callbacks: list[Callback] = [curve]
-    if cell.after or cell.after_fresh:
-        callbacks.append(after)
     if cell.kernels_at or cell.log_spaced:
         callbacks.append(during)
     if cell.until_train_error is not None:
         callbacks.append(StopAtTrainError(cell.until_train_error))
-    trainer = Trainer(
-        default_root_dir=scratch,
-        max_epochs=cell.optimizer.epochs,
-        devices=1,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
-    trainer.fit(module, datamodule=data)
-    rows = [_row(cell, cell.model, errors) for errors in curve.model_errors()]
-    for errors in after.model_errors():
-        model = FRESH if errors.name.endswith("fresh samples") else AFTER
-        rows.append(_row(cell, model, errors, m=cell.n, t=trainer.global_step))
+    with TemporaryDirectory() as scratch:  # for the callbacks' own files
+        trainer = Trainer(
+            default_root_dir=scratch,
+            max_epochs=cell.optimizer.epochs,
+            devices=1,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        trainer.fit(module, datamodule=data)
+    rows = []
     for row in during.rows:
         beside = {name: row[name] for name in ("network_error", "network_loss", "initial_error", "initial_loss")}
         rows.append(_row(cell, DURING, ModelErrors.of_row(row), m=cell.n, t=row["step"], **beside))
-    return rows
+    (errors,) = curve.model_errors()
+    assert isinstance(module.net, nn.Module)
+    return Trained.of(module.net, errors, trainer.global_step), rows
 
 
 def _fit_kernel(
-    cell: Cell, net: nn.Sequential, data: ImageDataModule, grams: Path, memory: str, progress: bool
-) -> ModelErrors:
-    """Fit a kernel of the untrained network on the training subset."""
-    data.prepare_data()
-    data.setup()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sets = {name: getattr(data, f"{name}_set") for name in ("train", "test", "val")}
-    train, *others = (samples.to(device) for samples in sets.values() if samples is not None)
+    cell: Cell, grams: GramAndCross, data: ImageDataModule, split: str, sizes: Sequence[int]
+) -> dict[int, KernelFit]:
+    """Fit a kernel on the first samples of a set, for each size, by the steps that the cell's network takes."""
+    sets = {name: getattr(data, f"{name}_set") for name in (split, "test", "val")}
+    fitted, *others = (samples.to(_device()) for samples in sets.values() if samples is not None)
     evaluation = dict(zip(("test", "val"), others, strict=False))
-    gram_and_cross: GramAndCross
-    if cell.model == "empirical":
-        gram_and_cross = partial(evaluation_ntk(net.to(device), memory).gram_and_cross, progress=progress)
-    else:
-        kind: Kind = "nngp" if cell.model == "nngp" else "ntk"
-        gram_and_cross = stored_gram_and_cross(InfiniteNTK(net, kind), grams, progress=progress)
-    fits = fit_nested(gram_and_cross, train, evaluation, cell.optimizer, [cell.n])
-    return ModelErrors.of_fit(cell.model, cell.n, fits[cell.n])
+    return fit_nested(grams, fitted, evaluation, cell.optimizer, sizes)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _row(cell: Cell, model: str, errors: ModelErrors, **extra: float | None) -> dict[str, Any]:
@@ -176,6 +210,7 @@ def _row(cell: Cell, model: str, errors: ModelErrors, **extra: float | None) -> 
         "last_error": errors.last_error,
         "optimal_loss": min((loss for loss in losses if isfinite(loss)), default=inf),
         "last_loss": losses[-1],
+        "critical_lr": errors.critical_lr,
         "curve_steps": errors.curve["steps"],
         "curve_errors": errors.curve["errors"],
         "curve_losses": losses,

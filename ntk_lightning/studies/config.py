@@ -108,18 +108,28 @@ class FigureConfig:
             network was trained on.
         at: Show only kernels K^t at these steps t.
         value: "optimal" draws the least error or loss over training (an oracle), "last" that of the last step.
+        first_epochs: Count only so many epochs of each curve. The cells are those without it, trained for longer: a
+            fixed budget of epochs beside a sufficient one costs nothing.
         chance: Test error of guessing, near which a power law is not to be trusted.
         published: Exponents that the source paper prints, by label, for caption and table.
         caption: What the figure shows.
+
+    Raises:
+        ValueError: ``first_epochs`` is below 1.
     """
 
     x: Axis = "n"
     fitted_on: int | Literal["m"] | None = None
     at: list[int] | None = None
     value: Value = "optimal"
+    first_epochs: int | None = None
     chance: float = 0.5
     published: dict[str, float] = field(default_factory=dict)
     caption: str = ""
+
+    def __post_init__(self) -> None:
+        if self.first_epochs is not None and self.first_epochs < 1:
+            raise ValueError(f"figure.first_epochs must be at least 1, got {self.first_epochs}.")
 
 
 @dataclass(frozen=True)
@@ -135,6 +145,8 @@ class StudyConfig:
         grid: Values of every axis.
         figure: How it is drawn.
         scale: Name of the scale that was chosen; empty for a study that is none of the paper's.
+        below_critical: Before the first cell, measure the critical learning rate of every kernel, and say which arms
+            are above it. (Whatever this says, each row of a kernel fit has its critical rate.)
 
     Raises:
         ValueError: The name cannot be that of a file.
@@ -148,6 +160,7 @@ class StudyConfig:
     grid: Grid
     figure: FigureConfig = field(default_factory=FigureConfig)
     scale: str = ""
+    below_critical: bool = False
 
     def __post_init__(self) -> None:
         if not self.name or self.name.startswith(".") or any(sign in self.name for sign in "/\\\0"):

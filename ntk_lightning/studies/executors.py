@@ -61,12 +61,13 @@ class Executor(NamedTuple):
     run: Callable[[Iterable[Cell]], Iterator[tuple[Cell, Outcome]]]
 
 
-def in_process(grams: Path, resources: Resources) -> Executor:
+def in_process(folder: Path, resources: Resources, pools: Mapping[str, int]) -> Executor:
     """Run cells here, one after another.
 
     Args:
-        grams: Folder of the infinite-width Grams.
+        folder: Of the results.
         resources: Of a cell.
+        pools: By the key of a cell, the samples of the pool whose one Gram serves it.
 
     Returns:
         The executor.
@@ -75,19 +76,20 @@ def in_process(grams: Path, resources: Resources) -> Executor:
 
     def run(cells: Iterable[Cell]) -> Iterator[tuple[Cell, Outcome]]:
         for cell in cells:
-            yield cell, attempt(cell, grams, threads, resources.memory, progress=True)
+            yield cell, attempt(cell, folder, pools.get(cell.key), threads, resources.memory, progress=True)
 
     return Executor(1, run)
 
 
 @contextmanager
-def on_ray(address: str, grams: Path, resources: Resources) -> Iterator[Executor]:
+def on_ray(address: str, folder: Path, resources: Resources, pools: Mapping[str, int]) -> Iterator[Executor]:
     """Run cells as Ray tasks, as many at once as the cluster's nodes have room for.
 
     Args:
         address: Of a cluster, or "local".
-        grams: Folder of the infinite-width Grams, which all nodes must see.
+        folder: Of the results, which all nodes must see.
         resources: Of a cell; without ``cpus`` it has the threads of :func:`default_threads`.
+        pools: By the key of a cell, the samples of the pool whose one Gram serves it.
 
     Yields:
         The executor.
@@ -126,7 +128,9 @@ def on_ray(address: str, grams: Path, resources: Resources) -> Iterator[Executor
 
         def run(cells: Iterable[Cell]) -> Iterator[tuple[Cell, Outcome]]:
             task = ray.remote(**options)(attempt)
-            running = {task.remote(cell, grams, threads, resources.memory, False): cell for cell in cells}
+            running = {
+                task.remote(cell, folder, pools.get(cell.key), threads, resources.memory, False): cell for cell in cells
+            }
             while running:
                 for done in ray.wait(list(running))[0]:
                     cell = running.pop(done)

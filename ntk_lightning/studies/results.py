@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ntk_lightning.studies.config import StudyConfig
 from ntk_lightning.studies.config_yaml import parse_config
-from ntk_lightning.studies.schema import COLUMNS, Axis, Value
+from ntk_lightning.studies.schema import COLUMNS, LATER, Axis, Value
 
 __all__ = ["StudyResults", "read_results", "read_study"]
 
@@ -75,7 +75,7 @@ def read_study(path: str | Path) -> StudyResults:
             f"{path} is not the table of a study (parquet with the study's configuration in its metadata): keep other "
             "files out of the results folder."
         ) from None
-    missing = [column for column in COLUMNS.names if column not in table.column_names]
+    missing = [name for name in COLUMNS.names if name not in table.column_names and name not in LATER]
     problem = f"it lacks the columns {missing}" if missing else "" if table.num_rows else "it has no rows"
     try:
         config = parse_config(raw)
@@ -83,7 +83,7 @@ def read_study(path: str | Path) -> StudyResults:
         problem = f"its configuration is wrong ({' '.join(str(error).split())})"
     if problem:
         raise ValueError(f"The table {path} cannot be drawn, {problem}: run the study again.")
-    return StudyResults(config, table.to_pylist())
+    return StudyResults(config, [{**dict.fromkeys(LATER), **row} for row in table.to_pylist()])
 
 
 def read_results(folder: str | Path) -> list[StudyResults]:

@@ -11,6 +11,7 @@ __all__ = [
     "COLUMNS",
     "DURING",
     "FRESH",
+    "LATER",
     "MODELS",
     "QUANTITIES",
     "TRAINED",
@@ -35,6 +36,7 @@ MODELS: tuple[str, ...] = (*get_args(Model), *get_args(Kernel))
 TRAINED = ("network", "order 2", "order 3")
 WIDTH_FREE = ("infinite", "nngp")
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
+LATER = ("critical_lr",)  # columns that tables of earlier versions lack
 
 COLUMNS = pa.schema(
     [
@@ -46,6 +48,7 @@ COLUMNS = pa.schema(
         *((name, pa.int64()) for name in ("epochs", "steps")),
         *((name, pa.float64()) for name in ("optimal_error", "last_error", "optimal_loss", "last_loss")),
         ("optimal_step", pa.int64()),
+        ("critical_lr", pa.float64()),
         *((name, pa.float64()) for name in ("network_error", "network_loss", "initial_error", "initial_loss")),
         ("curve_steps", pa.list_(pa.int64())),
         *((name, pa.list_(pa.float64())) for name in ("curve_errors", "curve_losses")),

@@ -19,10 +19,13 @@ from ntk_lightning.studies.build import check_study, set_up_data
 from ntk_lightning.studies.cell_config import KEY_LENGTH, Cell
 from ntk_lightning.studies.config import StudyConfig
 from ntk_lightning.studies.config_yaml import read_config
+from ntk_lightning.studies.critical import print_critical_rates, tell_above_critical
 from ntk_lightning.studies.executors import Resources, in_process, on_ray
 from ntk_lightning.studies.files import ADVICE, Rows, read_cell, read_digest, write_cell, write_table
+from ntk_lightning.studies.first_epochs import after_first_epochs
 from ntk_lightning.studies.progress import study_progress
 from ntk_lightning.studies.schema import COLUMNS
+from ntk_lightning.studies.shared_gram import cells_of_pools
 from ntk_lightning.studies.wandb_runs import log_rows
 
 __all__ = ["StudyError", "run_study", "study"]
@@ -38,7 +41,8 @@ def study(
     output: str | None = None,
     wandb: str | None = None,
     resources: Resources | None = None,
-) -> Path:
+    critical: Sequence[int] | None = None,
+) -> Path | None:
     """Run a study: a grid of training runs and kernel fits, resumed cell by cell when run again.
 
     Args:
@@ -48,16 +52,21 @@ def study(
             folder share their cells and Grams.
         wandb: W&B project to log the study's rows to; by default none.
         resources: Where its cells run, and what each may use; by default one after another, with all CPUs.
+        critical: Only print the critical learning rates of its kernels on these seeds, and run no cell.
 
     Returns:
-        The table of results.
+        The table of results; None where no cell was to run.
 
     Raises:
         StudyError: Cells failed.
     """
     chosen = read_config(config, scale)
+    resources = resources or Resources()
+    if critical:
+        print_critical_rates(chosen, critical, resources.memory)
+        return None
     folder = Path(output or f"runs/studies/{chosen.scale or chosen.name}")
-    path = run_study(chosen, folder, wandb_project=wandb, **vars(resources or Resources()))
+    path = run_study(chosen, folder, wandb_project=wandb, **vars(resources))
     text = f"Results: {path}. Draw them: python -m ntk_lightning figures {folder}"
     Console().print(text, soft_wrap=True, markup=False, emoji=False)
     return path
@@ -79,7 +88,8 @@ def run_study(
     moved there when it is complete: what is there is never computed again, in whichever study it occurs, nor written
     again where two processes have computed it at the same time. Only a file that cannot be read is replaced. A cell
     notes a digest of the data that it was computed from, and data that have changed since are refused. Infinite-width
-    Grams lie in ``grams``. The table ``<name>.parquet`` has one row for each fitted model (the columns of
+    Grams lie in ``grams``, one of the whole pool for all seeds where that costs less; trained networks in ``networks``.
+    The table ``<name>.parquet`` has one row for each fitted model (the columns of
     :mod:`~ntk_lightning.studies.schema`), with the study's configuration in its metadata; it is written when the study
     ends, however it ends, once it has a row.
 
@@ -109,14 +119,20 @@ def run_study(
     finished = {key: rows for key, file in files.items() if (rows := read_cell(file)) is not None}
     earlier = [(cells[key], _seconds(rows)) for key, rows in finished.items()]
     pending = [cell for key, cell in cells.items() if key not in finished]
-    grams, failures = folder.resolve() / "grams", dict[str, str]()
+    failures, pools = dict[str, str](), dict[str, int]()
     origin = {"git_revision": _git_revision(), "version": version("ntk_lightning")}
     try:
-        digest = set_up_data([*cells.values()], finished=not pending)
+        data = set_up_data([*cells.values()], finished=not pending)
+        digest = None if data is None else data.digest
         _check_data(digest, [files[key] for key in finished], config)
         with writing(folder / "cells", ADVICE):
             (folder / "cells").mkdir(parents=True, exist_ok=True)
-        made = nullcontext(in_process(grams, resources)) if ray is None else on_ray(ray, grams, resources)
+        if config.below_critical and pending:
+            tell_above_critical(config, memory)
+        if data is not None:
+            pools = cells_of_pools(pending, data.pool, folder.resolve() / "grams")
+        where = folder.resolve(), resources, pools
+        made = nullcontext(in_process(*where)) if ray is None else on_ray(ray, *where)
         shown = partial(study_progress, config.name, pending, earlier, len(cells))
         with made as executor, shown(executor.slots) as progress:
 
@@ -194,7 +210,7 @@ def _gather(config: StudyConfig, arms: Mapping[str, Sequence[Cell]], files: Mapp
     while new := {key: read for key, file in files.items() if key not in finished and (read := read_cell(file))}:
         finished |= new
         rows = [
-            {**row, "study": config.name, "arm": arm.label}
+            {**after_first_epochs(row, config.figure.first_epochs), "study": config.name, "arm": arm.label}
             for arm in config.arms
             for cell in arms[arm.label]
             for row in finished.get(cell.key, [])

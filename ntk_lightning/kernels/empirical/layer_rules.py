@@ -221,8 +221,8 @@ def candidates(function: NetworkFunction) -> dict[str, AffineLayer]:
         if "weight" in own and own.keys() <= {"weight", "bias"} and plain:
             ntk = isinstance(module, NTKLinear | NTKConv2d)
             scales = {
-                "weight": module.weight_std / module.fan_in**0.5 if ntk else 1.0,
-                "bias": module.bias_std if ntk else 1.0,
+                "weight": module.weight_scale if ntk else 1.0,
+                "bias": module.bias_scale if ntk else 1.0,
             }
             trained = (scales[key] if join(name, key) in function.trainable else None for key in ("weight", "bias"))
             weight, bias = trained
@@ -233,7 +233,9 @@ def candidates(function: NetworkFunction) -> dict[str, AffineLayer]:
 
 def _has_rule(module: nn.Module) -> bool:
     """Whether it is affine at every position, by its type and its filter."""
+    if type(module) is NTKConv2d:
+        return module.padding_mode == "zeros"
     if type(module) is not nn.Conv2d:
-        return type(module) in (nn.Linear, NTKLinear, NTKConv2d)
+        return type(module) in (nn.Linear, NTKLinear)
     even = any(d * (k - 1) % 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
     return module.groups == 1 and module.padding_mode == "zeros" and not (module.padding == "same" and even)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ntk_lightning.networks import Erf, NTKConv2d, NTKLinear, Residual
+from ntk_lightning.networks import ChannelNorm, Erf, NTKConv1d, NTKConv2d, NTKLinear, Residual, SelfAttention
 
 __all__ = ["is_standard"]
 
@@ -12,7 +12,7 @@ __all__ = ["is_standard"]
 # and both modes of differentiation are known to take. A network of nothing else is not tried.
 _STANDARD = {
     *(nn.Sequential, Residual, nn.Identity, nn.Flatten, nn.Dropout),
-    *(NTKLinear, NTKConv2d, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(NTKLinear, NTKConv1d, NTKConv2d, ChannelNorm, SelfAttention, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus, Erf),
     *(nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.MaxPool2d),
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm),

@@ -14,9 +14,50 @@ from ntk_lightning.kernels.grams.distributed import (
     rank_and_world_size,
 )
 from ntk_lightning.kernels.grams.gram_and_cross import GramAndCross, Kernel, gram_and_cross
+from ntk_lightning.kernels.grams.kernel_key import digest
 from ntk_lightning.kernels.grams.store import KernelStore
 
-__all__ = ["stored_gram_and_cross"]
+__all__ = ["block_side", "pooled_gram_and_cross", "stored_gram_and_cross"]
+
+
+def block_side(m: int) -> int:
+    """Choose how many samples a block's side has: a file each, so fewer of them for large sets.
+
+    Args:
+        m: Samples that stay the same while the training set grows, from which the side must be chosen alone.
+
+    Returns:
+        The number.
+
+    Example:
+        >>> [block_side(m) for m in (256, 2000, 12000)]
+        [64, 256, 1024]
+    """
+    return 64 if m < 512 else 256 if m < 4096 else 1024
+
+
+def pooled_gram_and_cross(kernel: Kernel, folder: Path, samples: Tensor, *, progress: bool = True) -> GramAndCross:
+    """Make the function that cuts a kernel's two matrices out of one stored Gram, in which samples are looked up.
+
+    Sets in any order and of any overlap, such as the training subsets of several seeds, share each pair.
+
+    Args:
+        kernel: A kernel that has a name (``kernel_key``).
+        folder: Of the stores.
+        samples: All samples (N, ...) that a set may be taken from, always in the same order.
+        progress: Show a progress bar.
+
+    Returns:
+        The function, of one process. It raises a KeyError for a sample that is none of these.
+    """
+    store = KernelStore(folder, kernel, samples, block=block_side(len(samples)))
+    places = {digest(sample): place for place, sample in enumerate(samples.cpu())}
+
+    def pooled(x_train: Tensor, /, *x_others: Tensor) -> tuple[Tensor, ...]:
+        train, *others = ([places[digest(sample)] for sample in x.cpu()] for x in (x_train, *x_others))
+        return store.gram(train, progress=progress), *(store.gram(other, train, progress=progress) for other in others)
+
+    return pooled
 
 
 def stored_gram_and_cross(kernel: Kernel, folder: Path | None, *, progress: bool = True) -> GramAndCross:
@@ -35,7 +76,7 @@ def stored_gram_and_cross(kernel: Kernel, folder: Path | None, *, progress: bool
 
     def stored(x_train: Tensor, /, *x_others: Tensor) -> tuple[Tensor, ...]:
         m = sum(map(len, x_others))
-        block = 64 if m < 4096 else 256  # a file each: fewer of them for large sets, the same for all n
+        block = block_side(m)
         store = KernelStore(folder, kernel, torch.cat([*x_others, x_train]), block=block)  # the sets that stay first
         train = slice(m, None)
         rank, processes = rank_and_world_size()

@@ -4,7 +4,7 @@ The limit of a network needs two expectations of its nonlinearity phi, with (u, 
 
     dual covariance  E[phi(u) phi(v)],        dual derivative  E[phi'(u) phi'(v)].
 
-:func:`~ntk_lightning.kernels.infinite.architecture.parse` looks a module up in :data:`ACTIVATIONS`, the reference takes
+:func:`~ntk_lightning.kernels.infinite.lift.parse` looks a module up in :data:`ACTIVATIONS`, the reference takes
 the formulas from there, and a compiled backend runs only activations whose rows name it. A new activation is a new row:
 its modules, its function of a :class:`Pair`, and, once they know it, the compiled backends. Of any other pointwise
 function the duals are integrated numerically (:mod:`~ntk_lightning.kernels.infinite.quadrature`).

@@ -14,7 +14,7 @@ Both backends, ``fused_cpu`` and ``fused_cuda``, have one function of the same s
 
     gram(layers, kind, x1, x2, advance) -> Tensor (n1, n2),
 
-with ``layers`` from :func:`~ntk_lightning.kernels.infinite.architecture.parse`, checked by :func:`unsupported`;
+with ``layers`` from :func:`~ntk_lightning.kernels.infinite.lift.parse`, checked by :func:`unsupported`;
 ``kind`` "ntk" or "nngp"; checked images ``x1`` (n1, C, H, W) and ``x2`` (n2, C, H, W), or None for the symmetric
 Gram of x1, of which one half is computed; ``advance`` to be called with the number of entries of the result just
 finished. The result has the dtype and the device of x1. It runs the levels of :func:`plan`, and :func:`finish` turns
@@ -96,7 +96,7 @@ def unsupported(layers: Sequence[Layer], shape: tuple[int, ...], backend: str) -
     """Tell why the layers cannot run on a compiled backend.
 
     Args:
-        layers: From :func:`ntk_lightning.kernels.infinite.architecture.parse`, with shapes checked.
+        layers: From :func:`ntk_lightning.kernels.infinite.lift.parse`, with shapes checked.
         shape: Spatial shape of the inputs: (H, W) in pixels, () for vectors.
         backend: "cpu" or "cuda".
 
@@ -123,7 +123,11 @@ def unsupported(layers: Sequence[Layer], shape: tuple[int, ...], backend: str) -
                 return f"the {backend} kernel does not have the activation {name}"
             case Pool() if previous is None:
                 return "it pools the images: pool them before"
-            case Conv(kernel_size=3, pad=1, stride=1) | Pool(kernel_size=2, stride=2) if not flat:
+            case Pool(2, 2) if not flat and any(side % 2 for side in shape):
+                return "its pooling leaves out pixels at the border"
+            case Conv(kernel_size=3, pad=1, stride=1, circular=False, gradient=None, axes=2) if not flat:
+                pass
+            case Pool(kernel_size=2, stride=2, pad=0, divisor=None, axes=2) if not flat:
                 pass
             case Activation() if not flat and not isinstance(previous, Conv):
                 return f"in it {layer} does not directly follow a convolution"
@@ -131,10 +135,11 @@ def unsupported(layers: Sequence[Layer], shape: tuple[int, ...], backend: str) -
                 flat = True
             case Activation():
                 pass
-            case Linear() if flat:
+            case Linear(gradient=None) if flat:
                 pass
             case _:
                 return f"{layer} is neither a 3x3 convolution with 'same' padding and stride 1 nor 2x2 pooling"
+        shape = tuple(side // 2 for side in shape) if isinstance(layer, Pool) else shape
         previous = layer
     return None if any(isinstance(layer, Conv) for layer in layers) else "it has no convolution"
 
@@ -143,13 +148,13 @@ def plan(layers: Sequence[Layer]) -> Plan:
     """Translate layers that :func:`unsupported` accepts.
 
     Args:
-        layers: From :func:`ntk_lightning.kernels.infinite.architecture.parse`.
+        layers: From :func:`ntk_lightning.kernels.infinite.lift.parse`.
 
     Returns:
         The same network as levels, mean and head.
 
     Example:
-        >>> from ntk_lightning.kernels.infinite.architecture import parse
+        >>> from ntk_lightning.kernels.infinite.lift import parse
         >>> from ntk_lightning.networks import MyrtleCNN
         >>> [len(level) for level in plan(parse(MyrtleCNN(depth=5))).levels]
         [2, 1, 1]
@@ -245,7 +250,7 @@ def saturates(layers: Sequence[Layer], x: Tensor) -> bool:
         Whether a bound on the variance before an activation, from the brightest pixel on, is above its limit.
 
     Example:
-        >>> from ntk_lightning.kernels.infinite.architecture import parse
+        >>> from ntk_lightning.kernels.infinite.lift import parse
         >>> from ntk_lightning.networks import Erf, NTKConv2d, NTKLinear
         >>> net = torch.nn.Sequential(NTKConv2d(1, 1, 3), Erf(), torch.nn.Flatten(), NTKLinear(4, 1))
         >>> [saturates(parse(net), scale * torch.ones(1, 1, 2, 2)) for scale in (1, 255)]
@@ -286,7 +291,7 @@ def pixel_variances(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:
         For each activation in order the variances (n, H', W') in float64, on the device of x.
 
     Example:
-        >>> from ntk_lightning.kernels.infinite.architecture import parse
+        >>> from ntk_lightning.kernels.infinite.lift import parse
         >>> from ntk_lightning.networks import FiveLayerCNN
         >>> [tuple(v.shape) for v in pixel_variances(parse(FiveLayerCNN()), torch.ones(2, 3, 8, 8))]
         [(2, 8, 8), (2, 4, 4), (2, 2, 2), (2, 1, 1)]

@@ -281,7 +281,7 @@ def gram(layers: Sequence[Layer], kind: str, x1: Tensor, x2: Tensor | None, adva
         The kernel of all pairs, (n1, n2).
 
     Example:
-        >>> from ntk_lightning.kernels.infinite.architecture import parse
+        >>> from ntk_lightning.kernels.infinite.lift import parse
         >>> from ntk_lightning.networks import MyrtleCNN
         >>> gram(parse(MyrtleCNN()), "nngp", torch.ones(2, 3, 8, 8), None, lambda entries: None).shape
         torch.Size([2, 2])
@@ -347,7 +347,7 @@ def diag(layers: Sequence[Layer], kind: str, x: Tensor) -> Tensor:
         The diagonal of the Gram of x, (n,).
 
     Example:
-        >>> from ntk_lightning.kernels.infinite.architecture import parse
+        >>> from ntk_lightning.kernels.infinite.lift import parse
         >>> from ntk_lightning.networks import MyrtleCNN
         >>> diag(parse(MyrtleCNN()), "nngp", torch.zeros(2, 3, 8, 8))
         tensor([0., 0.])

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from ntk_lightning.kernels.checks import check_finite, check_inputs
 from ntk_lightning.kernels.infinite import fused, reference
-from ntk_lightning.kernels.infinite.architecture import Flatten, Layer, check_shape, parse
+from ntk_lightning.kernels.infinite.architecture import Flatten, Layer
+from ntk_lightning.kernels.infinite.lift import parse
+from ntk_lightning.kernels.infinite.shapes import check_shape
 from ntk_lightning.precision import at_least_float32, own_precision
 from ntk_lightning.progress import progress_bar
 
@@ -128,7 +130,7 @@ class InfiniteNTK:
         backend, x = self.backend_for(x), self._prepared(x)
         with own_precision(x.device.type):
             diagonal: Tensor = (
-                torch.cat([self._reference_gram(sample, None, lambda _: None)[0] for sample in x.split(1)])
+                self._reference_diagonal(x)
                 if backend == "reference"
                 else _compiled(backend).diag(self.layers, self.kind, x)
             )
@@ -187,8 +189,8 @@ class InfiniteNTK:
             ValueError: Inputs are malformed or do not fit the network.
         """
         check_inputs(x1, x2)
-        if x1.dim() not in (2, 4):
-            raise ValueError(f"Inputs must be (n, features) or (n, C, H, W), got {tuple(x1.shape)}.")
+        if x1.dim() not in (2, 3, 4):
+            raise ValueError(f"Inputs must be (n, features), (n, C, L) or (n, C, H, W), got {tuple(x1.shape)}.")
         if check_shape(self.layers, tuple(x1.shape[2:]), x1.shape[1]):
             raise ValueError("The network's output still has pixels: end it in nn.Flatten and NTKLinear.")
 
@@ -196,22 +198,32 @@ class InfiniteNTK:
         """Inputs in the kernel's precision; as vectors where the network starts so, which costs the reference less."""
         return (x.flatten(1) if isinstance(self.layers[0], Flatten) else x).to(at_least_float32(x.dtype))
 
+    def _reference_diagonal(self, x: Tensor) -> Tensor:
+        network, device = reference.Network.of(self.layers, x), "cpu" if x.device.type == "mps" else x.device
+        side = max(1, _REFERENCE_BLOCK_BYTES // (network.entries() * torch.float64.itemsize))
+        blocks = (block.to(device, torch.float64) for block in x.split(side))
+        return torch.cat([reference.diagonal(network, block)[self.kind == "ntk"] for block in blocks]).to(x)
+
     def _reference_gram(self, x1: Tensor, x2: Tensor | None, advance: Callable[[float], None]) -> Tensor:
         symmetric, x2 = x2 is None, x1 if x2 is None else x2
-        pixels = x1[0, 0].numel() if x1.dim() == 4 else 1
-        side = max(1, int((_REFERENCE_BLOCK_BYTES / (pixels**2 * torch.float64.itemsize)) ** 0.5))
         device, out = "cpu" if x1.device.type == "mps" else x1.device, x1.new_empty(len(x1), len(x2))  # MPS: no float64
-        for i in range(0, len(x1), side):
-            for j in range(i if symmetric else 0, len(x2), side):
-                left = x1[i : i + side].to(device, torch.float64)
-                right = left if symmetric and i == j else x2[j : j + side].to(device, torch.float64)
-                nngp, ntk = reference.gram(self.layers, left, right)
-                block = ntk if self.kind == "ntk" else nngp
+        network = reference.Network.of(self.layers, x1)
+        side = max(1, int((_REFERENCE_BLOCK_BYTES / (network.entries() * torch.float64.itemsize)) ** 0.5))
+        rows = [block.to(device, torch.float64) for block in x1.split(side)]
+        columns = rows if symmetric else [block.to(device, torch.float64) for block in x2.split(side)]
+        same = symmetric or (x1.shape == x2.shape and torch.equal(x1, x2))
+        own1 = [reference.variances(network, block) for block in rows]
+        own2 = own1 if symmetric else [reference.variances(network, block) for block in columns]
+        for i, left in enumerate(rows):
+            for j, right in enumerate(columns[i:] if symmetric else columns, i if symmetric else 0):
+                ntk = self.kind == "ntk"
+                block = reference.pairs(network, left, right, own1[i], own2[j], ntk=ntk, same=same and i == j)[ntk]
+                places = slice(i * side, i * side + len(left)), slice(j * side, j * side + len(right))
                 if symmetric and i == j:
                     block = block.triu() + block.triu(1).T  # its two halves differ by rounding
-                out[i : i + side, j : j + side] = block
-                if symmetric and i != j:
-                    out[j : j + side, i : i + side] = block.T
+                elif symmetric:
+                    out[places[::-1]] = block.T
+                out[places] = block
                 advance(block.numel() * (1 + (symmetric and i != j)))
         return out
 

@@ -7,139 +7,380 @@ Theta the NTK, both indexed by a pair of inputs and, for images, a pair of pixel
     activation:  K <- E[phi(u) phi(v)],                 Theta <- Theta E[phi'(u) phi'(v)],   (u, v) ~ N(0, K),
 
 where A is the identity (linear) or the average over the filter's shifts of both pixels (convolution). See Jacot et al.
-(2018, arXiv 1806.07572), Arora et al. (2019, arXiv 1904.11955) and Novak et al. (2019, arXiv 1810.05148).
+(2018, arXiv 1806.07572), Arora et al. (2019, arXiv 1904.11955) and Novak et al. (2019, arXiv 1810.05148). In the
+standard parameterization the layer's own part of the new Theta is fan_in A(K) + 1 instead of K (Sohl-Dickstein et al.,
+2020, arXiv 2001.07301).
+
+What an activation, a normalization or attention needs of each input alone, its variances, is computed once an input
+(:func:`variances`), not for every pair (:func:`pairs`). Where no layer mixes pixels before they are flattened, only
+covariances of equal pixels are held.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import math
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ntk_lightning.kernels.infinite.activations import ROUNDING, Activation, Near, dual_activation
 from ntk_lightning.kernels.infinite.alignment import after_activation, after_affine, input_alignment
-from ntk_lightning.kernels.infinite.architecture import Conv, Flatten, GlobalAvgPool, Layer, Linear, Pool, Sum
+from ntk_lightning.kernels.infinite.architecture import (
+    Add,
+    Attention,
+    Concat,
+    Conv,
+    Dropout,
+    Flatten,
+    GlobalAvgPool,
+    GlobalSumPool,
+    Graph,
+    Layer,
+    Linear,
+    Norm,
+    Operation,
+    Pool,
+    Product,
+    Scale,
+    to_graph,
+)
+from ntk_lightning.kernels.infinite.linear_maps import attend, average_over_window, axes_of, equal_pixels, pool
+from ntk_lightning.kernels.infinite.shapes import Size, follow
 
-__all__ = ["dual_activation", "gram"]
+__all__ = ["Network", "Variances", "diagonal", "dual_activation", "gram", "pairs", "variances"]
 
 
-@dataclass(frozen=True)
-class _Fields:
-    """Covariances of a block of pairs, (n1, n2) for vectors and (n1, n2, H, W, H, W) for images.
+class Network(NamedTuple):
+    """A graph on inputs of one shape.
 
-    ``self1`` and ``self2`` are the covariances of every input with itself, (n1, ...) and (n2, ...). ``near`` are pairs
-    of vectors whose correlation is known better than the covariances tell it.
+    Args:
+        graph: Of its operations.
+        sizes: Of its values.
+        full: Of which values covariances of all pairs of pixels are held, not of equal pixels alone.
+    """
+
+    graph: Graph
+    sizes: list[Size]
+    full: list[bool]
+
+    @classmethod
+    def of(cls, layers: Sequence[Layer], x: Tensor) -> Network:
+        """Prepare layers for inputs like some.
+
+        Args:
+            layers: From :func:`ntk_lightning.kernels.infinite.lift.parse`, with shapes checked.
+            x: Inputs (n, ...).
+
+        Returns:
+            The network.
+        """
+        graph = to_graph(layers)
+        full = [False] * (len(graph.nodes) + 1)
+        for i in range(len(graph.nodes), 0, -1):
+            node = graph.nodes[i - 1]
+            for value in node.inputs:
+                full[value] |= full[i] or isinstance(node.operation, _MIXING)
+        return cls(graph, follow(graph, Size(tuple(x.shape[2:]), x.shape[1])), full)
+
+    def entries(self) -> int:
+        """Count the covariances of one pair in its largest value."""
+        sizes = zip(self.sizes, self.full, strict=True)
+        return max(math.prod(size.shape or ()) ** (2 if full else 1) for size, full in sizes)
+
+
+_MIXING = Pool | GlobalAvgPool | GlobalSumPool | Attention  # what mixes pixels: variances do not suffice before it
+_MECHANISMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda scores: scores.softmax(-1),
+    "identity": lambda scores: scores,
+    "relu": torch.relu,
+    "abs": torch.abs,
+}
+
+Variances = dict[int, Tensor]  # by the number of a value: what its operation needs of each input alone, (n, ...)
+
+
+class _Fields(NamedTuple):
+    """Covariances of a block of pairs, (n1, n2) for vectors, (n1, n2, H, W, H, W) or (n1, n2, H, W) for images.
+
+    ``ntk`` is None where it is zero, or not asked for. ``near`` are pairs of vectors whose correlation is known better
+    than the covariances tell it.
     """
 
     nngp: Tensor
-    ntk: Tensor
-    self1: Tensor
-    self2: Tensor
+    ntk: Tensor | None = None
     near: Near | None = None
 
-    def map(self, linear: Layer) -> _Fields:
-        """Apply a layer that acts on every covariance alike."""
-        nngp, ntk, self1, self2 = (_linear_map(linear, k) for k in (self.nngp, self.ntk, self.self1, self.self2))
-        return _Fields(nngp, ntk, self1, self2)
+    def map(self, function: Callable[[Tensor], Tensor]) -> _Fields:
+        """Apply a linear function to both covariances."""
+        return _Fields(function(self.nngp), None if self.ntk is None else function(self.ntk))
 
 
 def gram(layers: Sequence[Layer], x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
     """Compute both infinite-width kernels of all pairs at once; memory grows with n1 * n2 * (H * W)^2.
 
     Args:
-        layers: From :func:`ntk_lightning.kernels.infinite.architecture.parse`, with shapes checked.
-        x1: Inputs (n1, d) or (n1, C, H, W).
-        x2: Inputs (n2, d) or (n2, C, H, W) of the same dtype; x1 itself for its symmetric Gram.
+        layers: From :func:`ntk_lightning.kernels.infinite.lift.parse`, with shapes checked.
+        x1: Inputs (n1, d), (n1, C, L) or (n1, C, H, W).
+        x2: Inputs (n2, ...) of the same dtype; x1 itself for its symmetric Gram.
 
     Returns:
         NNGP and NTK, each (n1, n2).
     """
-    nngp, near = _input_covariance(x1, x2)
-    fields = _Fields(nngp, torch.zeros_like(nngp), _input_variance(x1), _input_variance(x2), near)
+    network = Network.of(layers, x1)
+    own1 = variances(network, x1)
+    return pairs(network, x1, x2, own1, own1 if x1 is x2 else variances(network, x2))
+
+
+def diagonal(network: Network, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute both kernels of every input with itself; memory grows with n * (H * W)^2.
+
+    Args:
+        network: On such inputs.
+        x: Inputs (n, ...).
+
+    Returns:
+        NNGP and NTK, each (n,).
+    """
+    own: Variances = {}
+    block = _Block(network, own, own, alone=True, same=True, ntk=True)
+    out = block.run(_Fields(_own_covariance(x, network.full[0])))
+    return out.nngp, torch.zeros_like(out.nngp) if out.ntk is None else out.ntk
+
+
+def variances(network: Network, x: Tensor) -> Variances:
+    """Compute what pairs need of each input alone; memory grows with n * (H * W)^2.
+
+    Args:
+        network: On such inputs.
+        x: Inputs (n, ...).
+
+    Returns:
+        By the number of a value, of its operation's input: variances of the pixels before an activation or a
+        normalization over channels, (n, H, W), their mean before one over pixels, (n, 1, 1), and before attention its
+        matrix, (n, P, P).
+    """
+    own: Variances = {}
+    _Block(network, own, own, alone=True, same=True, ntk=False).run(_Fields(_own_covariance(x, network.full[0])))
+    return own
+
+
+def pairs(
+    network: Network,
+    x1: Tensor,
+    x2: Tensor,
+    own1: Variances,
+    own2: Variances,
+    *,
+    ntk: bool = True,
+    same: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute both kernels of all pairs, given what they need of each input alone.
+
+    Args:
+        network: On such inputs.
+        x1: Inputs (n1, ...).
+        x2: Inputs (n2, ...); x1 itself for its symmetric Gram.
+        own1: Of x1, from :func:`variances`.
+        own2: Of x2.
+        ntk: Whether the NTK is asked for; without, it is 0.
+        same: Whether the i-th inputs of both are one sample, which has one mask of dropout; by default if x2 is x1.
+
+    Returns:
+        NNGP and NTK, each (n1, n2).
+    """
+    nngp, near = _covariance(x1, x2, network.full[0])
     if x1 is x2:
-        nngp.diagonal().copy_(fields.self1.movedim(0, -1))  # equal to the last bit, so that correlations are one
-    fields = _apply(layers, fields)
-    return fields.nngp, fields.ntk
+        own = _own_covariance(x1, network.full[0])
+        nngp.diagonal().copy_(own.movedim(0, -1))  # equal to the last bit, so that correlations are one
+    block = _Block(network, own1, own2, alone=False, same=x1 is x2 if same is None else same, ntk=ntk)
+    out = block.run(_Fields(nngp, None, near))
+    return out.nngp, torch.zeros_like(out.nngp) if out.ntk is None else out.ntk
 
 
-def _input_covariance(x1: Tensor, x2: Tensor) -> tuple[Tensor, Near | None]:
-    """Mean over channels of all products of pixels, (n1, n2, H, W, H, W); of vectors, (n1, n2)."""
+class _Block(NamedTuple):
+    """What is evaluated: all pairs of n1 and n2 inputs, or n inputs with themselves, which have one dimension less."""
+
+    network: Network
+    own1: Variances
+    own2: Variances
+    alone: bool  # inputs with themselves: variances are found, not used
+    same: bool  # the second inputs are the first
+    ntk: bool  # whether it is asked for
+
+    def run(self, fields: _Fields) -> _Fields:
+        """Evaluate the graph.
+
+        Args:
+            fields: Covariances of its input.
+
+        Returns:
+            Those of its output.
+        """
+        graph, sizes, full = self.network
+        last = {value: i for i, node in enumerate(graph.nodes, 1) for value in node.inputs}
+        values = {0: fields}
+        for i, node in enumerate(graph.nodes, 1):
+            mixes = isinstance(node.operation, _MIXING)
+            inputs = [_narrowed(values[v], sizes[v], full[v] and not (full[i] or mixes)) for v in node.inputs]
+            spatial = len(sizes[node.inputs[0]].shape or ())
+            made = self._apply(i, node.operation, inputs, spatial, full[i] or mixes)
+            values[i] = _narrowed(made, sizes[i], mixes and not full[i])
+            for value in node.inputs:
+                if last[value] == i:
+                    values.pop(value, None)  # nothing needs it any more
+        return values[len(graph.nodes)]
+
+    def _apply(self, i: int, operation: Operation, inputs: list[_Fields], spatial: int, full: bool) -> _Fields:
+        """One operation on values with so many spatial axes, of all pairs of pixels or of equal ones."""
+        k = inputs[0]
+        if self.alone:
+            self._keep(i, operation, k.nngp, spatial, full)
+        match operation:
+            case Linear() | Conv():
+                return self._affine(i, operation, k, spatial, full)
+            case Activation():
+                left, right = self._sides(i, spatial, full)
+                nngp, derivative = dual_activation(operation, k.nngp, left, right, k.near)
+                near = None if k.near is None else after_activation(operation, k.near, k.nngp, left, right)
+                return _Fields(nngp, None if k.ntk is None else k.ntk * derivative, near)
+            case Norm(eps, _, gain, bias):
+                left, right = ((v + eps).rsqrt() for v in self._sides(i, spatial, full))
+                k = k.map(lambda c: c * left * right)
+                return k._replace(ntk=_plus(k.ntk, k.nngp * gain + bias)) if self.ntk and (gain or bias) else k
+            case Attention():
+                return self._attention(i, operation, k, spatial)
+            case Dropout(keep):
+                return k.map(lambda c: self._dropped(c, keep, spatial, full))
+            case Add():
+                return _Fields(_total(f.nngp for f in inputs), reduce(_plus, (f.ntk for f in inputs)))
+            case Product():
+                a, b = inputs
+                parts = [None if f.ntk is None else f.ntk * other.nngp for f, other in ((a, b), (b, a))]
+                return _Fields(a.nngp * b.nngp, _plus(*parts))
+            case Concat():
+                widths = [self.network.sizes[v].channels or 0 for v in self.network.graph.nodes[i - 1].inputs]
+                shares = [width / sum(widths) for width in widths]
+                weighted = [f.map(lambda c, s=share: s * c) for f, share in zip(inputs, shares, strict=True)]  # type: ignore[misc]
+                return _Fields(_total(f.nngp for f in weighted), reduce(_plus, (f.ntk for f in weighted)))
+            case Scale(factor):
+                return k.map(lambda c: factor**2 * c)._replace(near=k.near)
+            case Flatten():  # vectors, of which alone near is known, pass nn.Flatten only
+                return k.map(lambda c: c.flatten(c.dim() - spatial).mean(-1)) if spatial else k
+            case Pool():
+                return k.map(lambda c: pool(c, operation, axes_of(spatial, True)))
+            case GlobalAvgPool() | GlobalSumPool():
+                pixels = tuple(range(-2 * spatial, 0))
+                mean = isinstance(operation, GlobalAvgPool)
+                return k.map(lambda c: c.mean(pixels, True) if mean else c.sum(pixels, True))
+        raise NotImplementedError(f"The reference does not know {operation}.")
+
+    def _keep(self, i: int, operation: Operation, k: Tensor, spatial: int, full: bool) -> None:
+        """Keep what pairs need of inputs alone."""
+        match operation:
+            case Activation() | Norm() | Linear():
+                v = equal_pixels(k, spatial) if full else k
+                mean = isinstance(operation, Norm) and operation.pixels and spatial > 0
+                self.own1[i] = v.flatten(1).mean(1).view(-1, *(1,) * spatial) if mean else v
+            case Attention(mechanism, scaling, score_std) if scaling == "linear":
+                scores = score_std * k.reshape(len(k), -1, math.prod(k.shape[1 : 1 + spatial]))
+                self.own1[i] = _MECHANISMS[mechanism](scores)
+
+    def _sides(self, i: int, spatial: int, full: bool) -> tuple[Tensor, Tensor]:
+        """Variances of both pixels of a pair, as they broadcast to covariances."""
+        left, right = self.own1[i], self.own2[i]
+        if full:
+            left = left.view(*left.shape, *(1,) * spatial)
+            right = right.view(-1, *(1,) * spatial, *right.shape[1:])
+        return (left, right) if self.alone else (left[:, None], right[None])
+
+    def _affine(self, i: int, layer: Linear | Conv, k: _Fields, spatial: int, full: bool) -> _Fields:
+        weight, bias = layer.weight_std**2, layer.bias_std**2
+        near = k.near
+        if near is not None:
+            near = after_affine(near, k.nngp, *self._sides(i, spatial, full), layer.weight_std, layer.bias_std)
+        if isinstance(layer, Conv):
+            axes = axes_of(spatial, full)
+            k = k.map(lambda c: average_over_window(c, layer.windows, layer.circular, axes))
+        nngp, ntk = weight * k.nngp + bias, None
+        if self.ntk:
+            own = nngp if layer.gradient is None else layer.gradient[0] * k.nngp + layer.gradient[1]
+            ntk = own if k.ntk is None else weight * k.ntk + own
+        return _Fields(nngp, ntk, near)
+
+    def _attention(self, i: int, layer: Attention, k: _Fields, spatial: int) -> _Fields:
+        """Infinitely many heads: A K A'^T with A of each input alone, or the mean of A K A'^T over a random A."""
+        value, bias, asked = layer.value_std**2, layer.bias_std**2, self.ntk
+        if layer.scaling == "linear":
+            left, right = self.own1[i], self.own2[i]
+            left = left if self.alone else left[:, None]
+            out = k.map(lambda c: value * attend(c, left, right, spatial))
+            ntk = _plus(out.ntk, 2 * out.nngp + bias) if asked else None
+        else:
+            pixels = tuple(range(-2 * spatial, 0))
+            value = value * layer.score_std**2
+            square = (k.nngp * k.nngp).sum(pixels, True)
+            out = _Fields(value * square * k.nngp)
+            ntk = 4 * out.nngp + bias if asked else None
+            if k.ntk is not None:
+                both = (k.nngp * k.ntk).sum(pixels, True)
+                ntk = _plus(ntk, value * (2 * both * k.nngp + square * k.ntk))
+        return _Fields(out.nngp + bias, ntk)
+
+    def _dropped(self, k: Tensor, keep: float, spatial: int, full: bool) -> Tensor:
+        """Variances over ``keep``: two masks are equal only of one input at one pixel."""
+        if not self.same:
+            return k
+        k = k.clone()
+        equal = k if self.alone else k.diagonal().movedim(-1, 0)
+        (equal_pixels(equal, spatial) if full else equal).div_(keep)
+        return k
+
+
+def _narrowed(fields: _Fields, size: Size, needed: bool) -> _Fields:
+    """Covariances of equal pixels, of those of all pairs of pixels."""
+    spatial = len(size.shape or ())
+    return fields.map(lambda k: equal_pixels(k, spatial)) if needed and spatial else fields
+
+
+def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _total(covariances: Iterable[Tensor]) -> Tensor:
+    return reduce(operator.add, covariances)
+
+
+def _covariance(x1: Tensor, x2: Tensor, full: bool) -> tuple[Tensor, Near | None]:
+    """Mean over channels of products of pixels of all pairs of inputs; of vectors, (n1, n2)."""
+    channels = x1.shape[1]
     if x1.dim() == 2:
-        k = x1 @ x2.T / x1.shape[1]
+        k = x1 @ x2.T / channels
         better, near = input_alignment(k.detach(), x1.detach(), x2.detach())
         return (k + (better - k.detach()), None) if k.requires_grad else (better, near)
-    k = torch.einsum("achw,bcij->ahwbij", x1, x2) / x1.shape[1]
-    if x1.shape[1] > ROUNDING:  # with fewer channels, sums round less than what counts as a correlation of 1
-        rows1, rows2 = (x.detach().movedim(1, -1).reshape(-1, x.shape[1]) for x in (x1, x2))
-        flat = k.detach().reshape(len(rows1), len(rows2))
-        k = k + (input_alignment(flat, rows1, rows2)[0] - flat).reshape(k.shape)
-    return k.movedim(3, 1), None
+    rows1, rows2 = (x.movedim(1, -1).flatten(1, -2) for x in (x1, x2))  # (n, P, C)
+    if full:  # (n1, P, n2, P)
+        k = _aligned(rows1.flatten(0, 1), rows2.flatten(0, 1)).view(len(x1), -1, len(x2), rows2.shape[1])
+        k = k.movedim(2, 1)
+    else:
+        k = torch.stack([_aligned(a, b) for a, b in zip(rows1.unbind(1), rows2.unbind(1), strict=True)], -1)
+    return k.reshape(len(x1), len(x2), *x1.shape[2:], *(x2.shape[2:] if full else ())), None
 
 
-def _input_variance(x: Tensor) -> Tensor:
-    """Covariance of every input with itself, (n, H, W, H, W); of vectors, (n,)."""
-    return torch.einsum("nchw,ncij->nhwij", x, x) / x.shape[1] if x.dim() == 4 else (x * x).mean(1)
+def _aligned(rows1: Tensor, rows2: Tensor) -> Tensor:
+    """Covariances of pixels (m1, C) and (m2, C), those of multiples of each other to rounding."""
+    k = rows1 @ rows2.T / rows1.shape[1]
+    if rows1.shape[1] <= ROUNDING:  # sums round less than what counts as a correlation of 1
+        return k
+    return k + (input_alignment(k.detach(), rows1.detach(), rows2.detach())[0] - k.detach())
 
 
-def _apply(layers: Sequence[Layer], k: _Fields) -> _Fields:
-    for layer in layers:
-        match layer:
-            case Linear() | Conv():
-                near = k.near
-                if near is not None and isinstance(layer, Linear):
-                    variances = k.self1[:, None], k.self2
-                    near = after_affine(near, k.nngp, *variances, layer.weight_std, layer.bias_std)
-                k = replace(k.map(layer), near=near)
-                k = replace(k, ntk=k.ntk - layer.bias_std**2 + k.nngp)  # the bias counts once, inside the new NNGP
-            case Activation():
-                diagonal1, diagonal2 = _pixel_variance(k.self1), _pixel_variance(k.self2)
-                if k.nngp.dim() > 2:
-                    left, right = diagonal1[:, None, :, :, None, None], diagonal2[None, :, None, None]
-                    self1 = dual_activation(layer, k.self1, diagonal1[:, :, :, None, None], diagonal1[:, None, None])[0]
-                    self2 = dual_activation(layer, k.self2, diagonal2[:, :, :, None, None], diagonal2[:, None, None])[0]
-                else:
-                    left, right = diagonal1[:, None], diagonal2[None]
-                    self1, self2 = (dual_activation(layer, s, s, s)[0] for s in (k.self1, k.self2))
-                nngp, derivative = dual_activation(layer, k.nngp, left, right, k.near)
-                near = None if k.near is None else after_activation(layer, k.near, k.nngp, left, right)
-                k = _Fields(nngp, k.ntk * derivative, self1, self2, near)
-            case Sum(body, shortcut):
-                a, b = _apply(body, k), _apply(shortcut, k)
-                k = _Fields(a.nngp + b.nngp, a.ntk + b.ntk, a.self1 + b.self1, a.self2 + b.self2)
-            case Pool() | GlobalAvgPool() | Flatten():
-                k = replace(k.map(layer), near=k.near)  # vectors, of which alone it is known, pass nn.Flatten only
-    return k
-
-
-def _pixel_variance(k: Tensor) -> Tensor:
-    """Variances of the pixels, (n, H, W, H, W) -> (n, H, W); of vectors, (n,) -> (n,)."""
-    return k if k.dim() == 1 else torch.einsum("nhwhw->nhw", k)
-
-
-def _linear_map(layer: Layer, k: Tensor) -> Tensor:
-    """Covariance after a linear layer: an average over shifts of both pixels, or a mean over pixels."""
-    match layer:
-        case Linear(weight_std, bias_std):
-            return weight_std**2 * k + bias_std**2
-        case Conv(size, pad, stride, weight_std, bias_std):
-            padded = F.pad(k, (pad,) * 8)
-            height, width = ((side - size) // stride + 1 for side in padded.shape[-2:])
-            total = torch.zeros(())
-            for i, j in itertools.product(range(size), repeat=2):
-                rows, columns = (slice(d, d + stride * side, stride) for d, side in ((i, height), (j, width)))
-                total = total + padded[..., rows, columns, rows, columns]
-            return (weight_std / size) ** 2 * total + bias_std**2
-        case Pool(size, stride):
-            for _ in range(2):  # the second pixel of each pair, then the first
-                k = F.avg_pool2d(k.flatten(0, -4), size, stride).unflatten(0, k.shape[:-3])
-                k = k.movedim((-2, -1), (-4, -3))
-            return k
-        case GlobalAvgPool():
-            return k.mean((-4, -3, -2, -1))[..., None, None, None, None]
-        case Flatten():
-            return k if k.dim() < 5 else torch.einsum("...hwhw->...", k) / (k.shape[-1] * k.shape[-2])
-    raise NotImplementedError(f"{layer} is not linear.")
+def _own_covariance(x: Tensor, full: bool) -> Tensor:
+    """Covariance of every input with itself, (n, H, W, H, W) or (n, H, W); of vectors, (n,)."""
+    if not full:
+        return (x * x).mean(1)
+    rows = x.flatten(2)
+    return (rows.mT @ rows / x.shape[1]).view(len(x), *x.shape[2:], *x.shape[2:])

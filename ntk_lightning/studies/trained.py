@@ -1,0 +1,114 @@
+"""Trained networks kept in a results folder: cells that differ in their kernels alone train once, in all studies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ntk_lightning.atomic_files import atomic_write, writing
+from ntk_lightning.callbacks import ModelErrors
+from ntk_lightning.datamodules.base import ImageDataModule
+from ntk_lightning.kernels.grams.kernel_key import digest
+from ntk_lightning.studies.cell_config import Cell
+from ntk_lightning.studies.files import ADVICE
+
+__all__ = ["Trained", "read_trained", "trained_path", "write_trained"]
+
+_MOST_BYTES = 2**28  # of a network that is kept: a wider one is trained again, rather than fill the disk
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is kept of a training run.
+
+    Args:
+        weights: State of the network after the last step.
+        errors: The fields of its :class:`~ntk_lightning.callbacks.ModelErrors`.
+        steps: Steps that were taken.
+    """
+
+    weights: Mapping[str, Tensor]
+    errors: Mapping[str, Any]
+    steps: int
+
+    @classmethod
+    def of(cls, net: nn.Module, errors: ModelErrors, steps: int) -> Trained:
+        """Take down a network after the last step.
+
+        Args:
+            net: The network.
+            errors: Of the run.
+            steps: That were taken.
+
+        Returns:
+            Copies on the CPU.
+        """
+        weights = {name: tensor.detach().cpu().clone() for name, tensor in net.state_dict().items()}
+        return cls(weights, dict(vars(errors)), steps)
+
+    @property
+    def model_errors(self) -> ModelErrors:
+        """The errors of the run."""
+        return ModelErrors(**self.errors)
+
+
+def trained_path(folder: Path, cell: Cell, data: ImageDataModule) -> Path:
+    """Name the file of a cell's trained network, by all that its training depends on.
+
+    Args:
+        folder: Of the results.
+        cell: A cell that trains a network.
+        data: Its data, set up; the content of the training and test sets is part of the name.
+
+    Returns:
+        The file, which need not be there.
+    """
+    arguments = {k: value for k, value in cell.data.get("init_args", {}).items() if k != "fresh"}
+    alone = replace(
+        cell, after=(), after_fresh=(), kernels_at=None, log_spaced=None, data={**cell.data, "init_args": arguments}
+    )
+    sets = [
+        digest(tensor) for samples in (data.train_set, data.test_set) if samples for tensor in (samples.x, samples.y)
+    ]
+    return folder / "networks" / f"{hashlib.sha256(json.dumps([alone.key, sets]).encode()).hexdigest()[:24]}.pt"
+
+
+def read_trained(path: Path) -> Trained | None:
+    """Read a trained network.
+
+    Args:
+        path: As of :func:`trained_path`.
+
+    Returns:
+        What was kept; None where there is no file, or one that cannot be read.
+    """
+    try:
+        return Trained(**torch.load(path, map_location="cpu", weights_only=True))
+    except (OSError, EOFError, RuntimeError, TypeError, pickle.UnpicklingError):
+        return None
+
+
+def write_trained(path: Path, trained: Trained) -> None:
+    """Keep a trained network, unless it is too large to.
+
+    Args:
+        path: As of :func:`trained_path`.
+        trained: What to keep.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    if sum(tensor.nbytes for tensor in trained.weights.values()) > _MOST_BYTES:
+        return
+    with writing(path.parent, ADVICE):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, ADVICE, keep=lambda there: read_trained(there) is not None) as temporary:
+        torch.save({**vars(trained), "weights": dict(trained.weights), "errors": dict(trained.errors)}, temporary)
