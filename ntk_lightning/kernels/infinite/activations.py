@@ -284,6 +284,7 @@ ACTIVATIONS: dict[str, Row] = {
     "sign": Row(
         *("Pointwise(torch.sign)", *_named_only("sign"), _sign, _CPU),
         variance=lambda *_: 1.0,
+        float32_variance=0.0,  # its NNGP is as sensitive to correlations near 1 as the NTK of others
     ),
     "quadrature": Row(
         ", ".join([*(f"nn.{kind.__name__}" for kind in MODULES), "Pointwise(any function)"]),

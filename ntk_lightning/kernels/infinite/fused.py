@@ -34,14 +34,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ntk_lightning.kernels.infinite.activations import ACTIVATIONS, Activation, dual_activation
-from ntk_lightning.kernels.infinite.architecture import Conv, Flatten, GlobalAvgPool, Layer, Linear, Pool, Sum
-from ntk_lightning.kernels.infinite.fused_cpu_program import Unsupported, read
+from ntk_lightning.kernels.infinite.architecture import (
+    Conv,
+    Flatten,
+    GlobalAvgPool,
+    GlobalSumPool,
+    Layer,
+    Linear,
+    Norm,
+    Pool,
+    Scale,
+    Sum,
+)
+from ntk_lightning.kernels.infinite.fused_cpu_program import Head, Unsupported, read
 
 __all__ = [
     "Convolution",
     "Plan",
     "finish",
     "near_duplicates",
+    "needs_variances",
     "pixel_variances",
     "plan",
     "saturates",
@@ -107,7 +119,7 @@ def unsupported(layers: Sequence[Layer], shape: tuple[int, ...], backend: str) -
         >>> unsupported([Linear(1.0, 0.0)], (), "cpu")
         'its inputs are vectors, not images'
     """
-    if len(shape) != 2:
+    if not shape:
         return "its inputs are vectors, not images"
     if backend == "cpu":
         try:
@@ -115,6 +127,8 @@ def unsupported(layers: Sequence[Layer], shape: tuple[int, ...], backend: str) -
         except Unsupported as obstacle:
             return str(obstacle)
         return None
+    if len(shape) != 2:
+        return "its inputs are sequences, not images"
     flat = False
     previous: Layer | None = None
     for layer in layers:
@@ -175,7 +189,7 @@ def plan(layers: Sequence[Layer]) -> Plan:
 
 
 def finish(
-    head: Sequence[Linear | Activation],
+    head: Sequence[Head],
     kind: str,
     nngp: Tensor,
     ntk: Tensor,
@@ -203,12 +217,35 @@ def finish(
     for layer in head:
         match layer:
             case Linear(weight_std, bias_std):
+                own = None if layer.gradient is None else layer.gradient[0] * nngp + layer.gradient[1]
                 nngp, *variances = (weight_std**2 * k + bias_std**2 for k in (nngp, *variances))
-                ntk = weight_std**2 * ntk + nngp
+                ntk = weight_std**2 * ntk + (nngp if own is None else own)
+            case Scale(factor):
+                nngp, ntk, *variances = (factor**2 * k for k in (nngp, ntk, *variances))
+            case Norm(eps):
+                scale = (variances[0][:, None] + eps).rsqrt() * (variances[1] + eps).rsqrt()
+                nngp, variances = nngp * scale, [v / (v + eps) for v in variances]
+                ntk = ntk * scale + (layer.gain * nngp + layer.bias)
             case Activation():
                 nngp, derivative = dual_activation(layer, nngp, variances[0][:, None], variances[1])
                 ntk, variances = ntk * derivative, [dual_activation(layer, v, v, v)[0] for v in variances]
     return ntk if kind == "ntk" else nngp
+
+
+def needs_variances(head: Sequence[Head]) -> bool:
+    """Tell whether :func:`finish` needs the variances.
+
+    Args:
+        head: Of the network.
+
+    Returns:
+        Whether an activation or a normalization stands in it.
+
+    Example:
+        >>> needs_variances([Linear(1.0, 0.0), Activation("relu")])
+        True
+    """
+    return any(isinstance(layer, Activation | Norm) for layer in head)
 
 
 def near_duplicates(x1: Tensor, x2: Tensor, distance: float) -> Iterator[tuple[int, Tensor]]:
@@ -256,10 +293,10 @@ def saturates(layers: Sequence[Layer], x: Tensor) -> bool:
         >>> [saturates(parse(net), scale * torch.ones(1, 1, 2, 2)) for scale in (1, 255)]
         [False, True]
     """
-    return _largest_variance(layers, float(x.square().mean(1).max())) == math.inf
+    return _largest_variance(layers, float(x.square().mean(1).max()), x[0, 0].numel()) == math.inf
 
 
-def _largest_variance(layers: Sequence[Layer], bound: float) -> float:
+def _largest_variance(layers: Sequence[Layer], bound: float, pixels: int) -> float:
     """A bound on the variances after layers; infinite where one is above the limit of an activation."""
     for layer in layers:
         match layer:
@@ -270,9 +307,16 @@ def _largest_variance(layers: Sequence[Layer], bound: float) -> float:
                 if bound > row.float32_variance:
                     return math.inf
                 bound = row.variance(bound, layer)
+            case Norm():
+                bound = pixels if layer.pixels else 1.0
+            case Scale(factor):
+                bound *= factor**2
+            case Pool():
+                size = math.prod(window.size for window in layer.windows)
+                bound *= (size / (layer.divisor or size)) ** 2
             case Sum(body, shortcut):
-                bound = _largest_variance(body, bound) + _largest_variance(shortcut, bound)
-            case GlobalAvgPool() | Flatten():
+                bound = _largest_variance(body, bound, pixels) + _largest_variance(shortcut, bound, pixels)
+            case GlobalAvgPool() | GlobalSumPool() | Flatten():
                 break
     return bound
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,10 +28,10 @@ from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from ntk_lightning.kernels.infinite import fused_cpu_numba
-from ntk_lightning.kernels.infinite.activations import ROUNDING, Activation
-from ntk_lightning.kernels.infinite.architecture import Layer
-from ntk_lightning.kernels.infinite.fused import finish, near_duplicates, saturates
-from ntk_lightning.kernels.infinite.fused_cpu_program import LINEAR, Level, Network, Window, read
+from ntk_lightning.kernels.infinite.activations import ROUNDING
+from ntk_lightning.kernels.infinite.architecture import Layer, Window
+from ntk_lightning.kernels.infinite.fused import finish, near_duplicates, needs_variances, saturates
+from ntk_lightning.kernels.infinite.fused_cpu_program import FEW, LINEAR, Level, Network, read
 from ntk_lightning.kernels.infinite.fused_cpu_simd import LANES
 
 __all__ = ["diag", "gram"]
@@ -38,7 +39,6 @@ __all__ = ["diag", "gram"]
 T = TypeVar("T")
 Arrays = tuple[NDArray[Any], NDArray[Any]]  # of the levels in the inputs' precision, and of the deep ones in float64
 
-_FEW = 16  # pixels of images that are always computed in float64
 _NEAR = 1e-2  # distance of images, scaled to length one, below which their pair is computed in float64
 _JOB = 2**28  # covariances in one uninterruptible block, a fraction of a second
 _CACHE_LINE = 64  # bytes
@@ -77,7 +77,7 @@ class _Program:
     """The first levels of a network at one image shape, as flat records and buffers for the compiled code.
 
     Args:
-        network: From :func:`ntk_lightning.kernels.infinite.fused_cpu_program.read`.
+        network: From :func:`~ntk_lightning.kernels.infinite.fused_cpu_program.read`.
         shape: (C, H, W) of the images.
         dtype: Of the images.
         fields: 1 for the NNGP alone, 2 for both kernels.
@@ -156,8 +156,7 @@ class _Program:
         self.records = fused_cpu_numba.Records(
             self.levels, self.operations, np.array(offsets, np.int64), np.array(schedule, np.int64).reshape(-1, 2)
         )
-        pixels = math.prod(levels[-1].after)
-        self.pixels = pixels if network.flat else pixels**2
+        self.pixels = network.pixels
         self.work = used
         self.cost = _covariances(levels, needed)
 
@@ -287,7 +286,8 @@ def gram(layers: Sequence[Layer], kind: str, x1: Tensor, x2: Tensor | None, adva
         torch.Size([2, 2])
     """
     network, fields = read(layers, x1.shape[2:]), 1 if kind == "nngp" else 2
-    whole = any(isinstance(layer, Activation) for layer in network.head)
+    whole = needs_variances(network.head)
+    x1, x2 = _as_images(x1), None if x2 is None else _as_images(x2)
     result = x1.new_empty(len(x1), len(x1 if x2 is None else x2))
     if _in_double(network, layers, x1) or (x2 is not None and _in_double(network, layers, x2)):
         x1, x2 = x1.double(), None if x2 is None else x2.double()
@@ -352,16 +352,21 @@ def diag(layers: Sequence[Layer], kind: str, x: Tensor) -> Tensor:
         >>> diag(parse(MyrtleCNN()), "nngp", torch.zeros(2, 3, 8, 8))
         tensor([0., 0.])
     """
-    network = read(layers, x.shape[2:])
+    network, x = read(layers, x.shape[2:]), _as_images(x)
     images = x.double() if _in_double(network, layers, x) else x
     own = _with_itself(network, images, 1 if kind == "nngp" else 2, whole=True)[1]
     kernel = finish(network.head, kind, own[:, :1], own[:, 1:], own[:, 0], own[:, :1])
     return kernel[:, 0].to(x.dtype)
 
 
+def _as_images(x: Tensor) -> Tensor:
+    """Sequences are images of height 1."""
+    return x if x.dim() == 4 else x[:, :, None]
+
+
 def _in_double(network: Network, layers: Sequence[Layer], x: Tensor) -> bool:
     """Whether already the first level is to be computed in float64."""
-    return network.flat or x[0, 0].numel() <= _FEW or saturates(layers, x)
+    return network.flat or x[0, 0].numel() <= FEW or saturates(layers, x)
 
 
 def _with_itself(network: Network, x: Tensor, fields: int, whole: bool) -> tuple[Arrays, Tensor]:
@@ -371,7 +376,7 @@ def _with_itself(network: Network, x: Tensor, fields: int, whole: bool) -> tuple
     if not whole:
         active = (i + 1 for i, level in enumerate(levels) if any(op.kind != LINEAR for op in level.operations))
         levels = levels[: max(active, default=1)]
-    part = Network(levels, network.flat, ())
+    part = replace(network, levels=levels, head=())
     pixels = x.detach().numpy().reshape(n, -1)
     program = _Program(part, (channels, height, width), pixels.dtype, fields, network.flat or not whole, fill=True)
     tables, own = program.new_tables(n), torch.zeros(n, 2, dtype=torch.float64)

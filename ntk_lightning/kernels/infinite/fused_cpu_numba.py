@@ -32,7 +32,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from ntk_lightning.kernels.infinite.fused_cpu_duals import duals, pixel_numbers
-from ntk_lightning.kernels.infinite.fused_cpu_program import ADD, BOX, CONV3, COPY, IMAGES, IMAGES3, LINEAR, RELU
+from ntk_lightning.kernels.infinite.fused_cpu_program import ADD, BOX, CONV3, COPY, IMAGES, IMAGES3, LINEAR, NORM, POINT, RELU
 from ntk_lightning.kernels.infinite.fused_cpu_simd import LANES, broadcast, load, store, zeros
 
 __all__ = ["Buffers", "Records", "run_block"]
@@ -262,7 +262,9 @@ def _box(buffers: Any, op: Any, plane: Any) -> None:
 
 
 @_compiled
-def _point(buffers: Any, op: Any, plane: Any, paired: bool, source: int) -> None:
+def _point(
+    buffers: Any, op: Any, plane: Any, paired: bool, source: int, own_weight: float, own_bias: float
+) -> None:
     """Apply an activation, or a normalization, to a plane."""
     work, left, right = buffers
     pixels, step, at = op.height * op.width, LANES if paired else 1, 0
@@ -279,7 +281,8 @@ def _point(buffers: Any, op: Any, plane: Any, paired: bool, source: int) -> None
             nngp, slope = duals(kind, odd, even, tiny, load(work, source + at), numbers1, numbers2)
             store(work, target + at, nngp)
             if op.mode > 0:
-                store(work, target + op.gap + at, slope * load(work, source + op.gap + at))
+                ntk = slope * load(work, source + op.gap + at)
+                store(work, target + op.gap + at, ntk + (own_weight * nngp + own_bias))
             at1 += step
             at2 += LANES
             at += LANES
@@ -289,12 +292,22 @@ def _point(buffers: Any, op: Any, plane: Any, paired: bool, source: int) -> None
 def _write_numbers(buffers: Any, op: Any, source: int) -> None:
     """Write what an activation needs of every pixel, from the covariances of images with themselves at offset 0."""
     work, left, right = buffers
-    entries = op.height * op.width * LANES
+    pixels = op.height * op.width
     at = op.numbers * LANES
-    for i in range(entries):
+    if op.kind == NORM and op.odd > 0:  # over all pixels: by the mean of their variances
+        for lane in range(LANES):
+            total = 0.0
+            for i in range(lane, pixels * LANES, LANES):
+                total += work[source + i]
+            first, second = pixel_numbers(NORM, op.even, total / pixels)
+            for i in range(at + lane, at + pixels * LANES, LANES):
+                left[i] = right[i] = first
+                left[i + pixels * LANES] = right[i + pixels * LANES] = second
+        return
+    for i in range(pixels * LANES):
         first, second = pixel_numbers(op.kind, op.even, work[source + i])
         left[at + i] = right[at + i] = first
-        left[at + entries + i] = right[at + entries + i] = second
+        left[at + pixels * LANES + i] = right[at + pixels * LANES + i] = second
 
 
 @_compiled
@@ -463,11 +476,12 @@ def _operate(buffers: Any, op: Any, dy: int, dx: int, paired: bool, fill: bool) 
             _dispatch_conv3(buffers, op, plane, paired, LINEAR)
             source = op.target
         _write_numbers(buffers, op, source)
-        _point(buffers, op, plane, paired, source)
+        own_weight, own_bias = (op.own_weight, op.own_bias) if op.code == POINT else (0.0, 0.0)
+        _point(buffers, op, plane, paired, source, own_weight, own_bias)
     elif op.code == CONV3 or op.code == IMAGES3:  # noqa: PLR1714
         _dispatch_conv3(buffers, op, plane, paired, op.kind)
     else:
-        _point(buffers, op, plane, paired, op.source)
+        _point(buffers, op, plane, paired, op.source, op.own_weight, op.own_bias)
 
 
 @_compiled
