@@ -180,7 +180,6 @@ def test_blocks_threads_and_order_do_not_change_the_result(monkeypatch: pytest.M
     x = torch.randn(11, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     whole = fused_cpu.gram(layers, "ntk", x, None, ignore)
     monkeypatch.setattr(fused_cpu, "_JOB", 1)
-    monkeypatch.setattr(fused_cpu, "_TILE", 64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     counts: list[float] = []
     assert torch.equal(fused_cpu.gram(layers, "ntk", x, None, counts.append), whole)
@@ -201,7 +200,7 @@ def test_concurrent_callers_do_not_disturb_each_other() -> None:
 def test_an_error_in_the_caller_stops_the_remaining_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_cpu, "_JOB", 1)
     started = []
-    sums = fused_cpu._Program.means
+    sums = fused_cpu._Program.run
 
     def slow(*arguments: object, **options: object) -> Tensor:
         started.append(threading.get_ident())
@@ -211,10 +210,10 @@ def test_an_error_in_the_caller_stops_the_remaining_blocks(monkeypatch: pytest.M
     def interrupt(_: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fused_cpu._Program, "means", slow)
+    monkeypatch.setattr(fused_cpu._Program, "run", slow)
     with pytest.raises(KeyboardInterrupt):
-        fused_cpu.gram(parse(MyrtleCNN(1)), "ntk", torch.ones(40, 3, 4, 4), torch.ones(40, 3, 4, 4), interrupt)
-    assert len(started) < 200  # of 1600 blocks
+        fused_cpu.gram(parse(MyrtleCNN(1)), "ntk", torch.ones(120, 3, 4, 4), torch.ones(120, 3, 4, 4), interrupt)
+    assert len(started) < 200  # of 960 blocks
 
 
 def test_transposed_and_sliced_inputs_are_read_right() -> None:

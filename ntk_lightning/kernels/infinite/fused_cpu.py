@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -42,6 +43,7 @@ Arrays = tuple[NDArray[Any], NDArray[Any]]  # of the levels in the inputs' preci
 _NEAR = 1e-2  # distance of images, scaled to length one, below which their pair is computed in float64
 _JOB = 2**28  # covariances in one uninterruptible block, a fraction of a second
 _CACHE_LINE = 64  # bytes
+_NEVER = -(2**31)  # below any diagonal
 
 
 def _record(names: str, kind: type) -> list[tuple[str, type]]:
@@ -99,8 +101,8 @@ class _Program:
         levels = network.levels
         needed = _needed(levels, diagonal)
         if fill:
-            needed = [(sorted(rows, key=abs), sorted(columns, key=abs)) for rows, columns in needed]
-        schedule, places = _schedule(levels, needed)
+            needed = [(sorted(rows, key=bool), sorted(columns, key=bool)) for rows, columns in needed]  # 0 first
+        schedule, places = _level_by_level(needed) if fill else _schedule(levels, needed)
         # Of an image, the numbers in either precision: pixels, then two a pixel of each activation.
         self.entries, used = [math.prod(shape), 0], [0, 0]
         self.levels = np.zeros(len(levels), _LEVEL)
@@ -172,7 +174,7 @@ class _Program:
         first, deep = (np.zeros((n, entries), dtype) for entries, dtype in zip(self.entries, self.dtypes, strict=True))
         return first, deep
 
-    def run(self, left: Arrays, right: Arrays, paired: bool, fill: bool = False, first_row: int = -1) -> Tensor:
+    def run(self, left: Arrays, right: Arrays, paired: bool = False, fill: bool = False, below: int = _NEVER) -> Tensor:
         """Means over pixels of NNGP and NTK at the last level, (first images, second images, 2) in float64.
 
         Args:
@@ -180,7 +182,8 @@ class _Program:
             right: Of the second images, in groups.
             paired: Pair every first image with the second one of the same index alone: (images, 1, 2).
             fill: Fill in what activations need.
-            first_row: Number of the first row in a Gram of equal sets, whose groups below the diagonal are left out.
+            below: In a symmetric Gram, the first row's number less the first column's: groups of columns that lie below
+                the diagonal are left out.
         """
         sums = np.zeros((len(left[0]), 1 if paired else len(right[0]), 2, LANES))
         first, deep = (
@@ -188,7 +191,7 @@ class _Program:
             for size, dtype, *sides in zip(self.work, self.dtypes, left, right, strict=True)
         )
         fused_cpu_numba.run_block(
-            first, deep, self.records, paired, fill, first_row, self.fields, sums.reshape(*sums.shape[:2], -1)
+            first, deep, self.records, paired, fill, below, self.fields, sums.reshape(*sums.shape[:2], -1)
         )
         means = torch.from_numpy(sums / self.pixels)
         return means.movedim(3, 1).flatten(0, 1) if paired else means.movedim(3, 2).flatten(1, 2)
@@ -216,11 +219,30 @@ def _needed(levels: Sequence[Level], diagonal: bool) -> list[tuple[list[int], li
                 ends = [o for o in offsets if any(abs(o - window.stride * w) < window.size for w in wanted[axis])]
             else:
                 ends = [0] if diagonal else list(offsets)
-            share = level.share[axis]
-            axes.append([share * o for o in ends])
+            axes.append([level.share[axis] * o for o in sorted(ends, key=partial(_order, window))])
         wanted = axes
         needed.insert(0, (axes[0], axes[1]))
     return needed
+
+
+def _order(window: Window, offset: int) -> tuple[int, ...]:
+    """Sort offsets before a pooling.
+
+    Those that meet one window come in the same order whether 0 is moved to the front or not: then variances and
+    covariances of equal pixels are the same sums, whose correlation is 1 to rounding. Of the orders that do so it is
+    one in which few windows are open at once.
+    """
+    if window.stride < window.size:
+        return abs(offset), offset
+    return -(-offset // window.stride), offset % window.stride > 0, offset
+
+
+def _level_by_level(
+    needed: Sequence[tuple[list[int], list[int]]],
+) -> tuple[list[tuple[int, int]], list[dict[int, int]]]:
+    """As :func:`_schedule`; all planes of a level are stored at once, so that each may begin with offset 0."""
+    schedule = [(index, dy) for index, (rows, _) in enumerate(needed) for dy in rows]
+    return schedule, [{dy: place for place, dy in enumerate(rows)} for rows, _ in needed]
 
 
 def _schedule(
@@ -296,30 +318,33 @@ def gram(layers: Sequence[Layer], kind: str, x1: Tensor, x2: Tensor | None, adva
     program = _Program(network, x1.shape[1:], tables1[0].dtype, fields, network.flat)
 
     def block(i: slice, j: slice) -> int:
-        triangle = x2 is None and i == j
         rows, columns = (torch.arange(s.start, s.stop) for s in (i, j))
-        pairs = torch.cartesian_prod(rows, columns) if not triangle else torch.combinations(rows, with_replacement=True)
-        one, other = pairs.T
+        one, other = torch.cartesian_prod(rows, columns).T
+        if x2 is None:
+            one, other = one[one <= other], other[one <= other]
         means = torch.empty(len(rows), len(columns), 2, dtype=torch.float64)
-        groups = -(-len(columns) // LANES)
-        if -(-len(pairs) // LANES) <= 0.75 * len(rows) * groups:  # few images would leave lanes empty
+        if -(-len(one) // LANES) <= 0.75 * len(rows) * -(-len(columns) // LANES):  # else too many lanes stay empty
             left, right = _packed(tables1, one.numpy()), _packed(tables2, other.numpy())
-            means[one - i.start, other - j.start] = program.run(left, right, paired=True)[: len(pairs), 0]
+            means[one - i.start, other - j.start] = program.run(left, right, paired=True)[: len(one), 0]
         else:
             left, right = (tables1[0][i], tables1[1][i]), _packed(tables2, columns.numpy())
-            means = program.run(left, right, paired=False, first_row=0 if triangle else -1)[:, : len(columns)]
+            means = program.run(left, right, below=i.start - j.start if x2 is None else _NEVER)[:, : len(columns)]
         nngp, ntk = means.unbind(-1)
-        kernel = finish(network.head, kind, nngp, ntk, own1[i, 0], own2[j, 0])
-        if triangle:
-            kernel = kernel.triu() + kernel.triu(1).T
-        result[i, j] = kernel
-        if x2 is None and i != j:
-            result[j, i] = kernel.T
-        return kernel.numel() * (2 if x2 is None and i != j else 1)
+        kernel = finish(network.head, kind, nngp, ntk, own1[i, 0], own2[j, 0]).to(result.dtype)
+        result[one, other] = kernel[one - i.start, other - j.start]
+        if x2 is None:
+            result[other, one] = result[one, other]
+        return len(one) + (int((one != other).sum()) if x2 is None else 0)
 
-    side = int(min((_JOB / program.cost) ** 0.5, (result.numel() / (8 * torch.get_num_threads())) ** 0.5))
-    rows, columns = (_cut(n, -(-max(1, side) // LANES) * LANES) for n in result.shape)
-    blocks = ((i, j) for i in rows for j in columns if x2 is not None or i.start <= j.start)
+    fair = result.numel() // (8 * torch.get_num_threads())
+    width = LANES * max(1, int(min(fair, _JOB / program.cost) ** 0.5) // LANES)
+    height = max(1, min(max(LANES, fair // width), int(_JOB / program.cost / width)))
+    blocks = (
+        (i, j)
+        for i in _cut(len(result), height)
+        for j in _cut(result.shape[1], width)
+        if x2 is not None or i.start < j.stop
+    )
     for finished in _parallel(block, blocks):
         advance(finished)
     if kind == "ntk" and x1.dtype == torch.float32:
@@ -372,21 +397,22 @@ def _in_double(network: Network, layers: Sequence[Layer], x: Tensor) -> bool:
 def _with_itself(network: Network, x: Tensor, fields: int, whole: bool) -> tuple[Arrays, Tensor]:
     """Per image, pixels and what activations need of them; where ``whole``, its means of NNGP and NTK, (n, 2)."""
     n, channels, height, width = x.shape
-    levels = network.levels
-    if not whole:
-        active = (i + 1 for i, level in enumerate(levels) if any(op.kind != LINEAR for op in level.operations))
-        levels = levels[: max(active, default=1)]
-    part = replace(network, levels=levels, head=())
     pixels = x.detach().numpy().reshape(n, -1)
-    program = _Program(part, (channels, height, width), pixels.dtype, fields, network.flat or not whole, fill=True)
+    shape, dtype = (channels, height, width), pixels.dtype
+    active = (i + 1 for i, level in enumerate(network.levels) if any(op.kind != LINEAR for op in level.operations))
+    part = replace(network, levels=network.levels[: max(active, default=1)])
+    filling = _Program(part, shape, dtype, 1, diagonal=True, fill=True)
+    program = _Program(network, shape, dtype, fields, network.flat)
     tables, own = program.new_tables(n), torch.zeros(n, 2, dtype=torch.float64)
-    np.divide(pixels, channels**0.5, out=tables[0][:, : channels * height * width])
+    np.divide(pixels, channels**0.5, out=tables[0][:, : math.prod(shape)])
 
     def block(i: slice) -> None:
         both = _packed(tables, np.arange(i.start, i.stop))
-        own[i] = program.run(both, both, paired=True, fill=True)[: i.stop - i.start, 0]
+        filling.run(both, both, paired=True, fill=True)
         for table, packed in zip(tables, both, strict=True):
             table[i] = _unpacked(packed, i.stop - i.start)
+        if whole:
+            own[i] = program.run(both, both, paired=True)[: i.stop - i.start, 0]
 
     for _ in _parallel(block, [(i,) for i in _cut(n, LANES)]):
         pass

@@ -32,7 +32,18 @@ from numba import njit
 from numpy.typing import NDArray
 
 from ntk_lightning.kernels.infinite.fused_cpu_duals import duals, pixel_numbers
-from ntk_lightning.kernels.infinite.fused_cpu_program import ADD, BOX, CONV3, COPY, IMAGES, IMAGES3, LINEAR, NORM, POINT, RELU
+from ntk_lightning.kernels.infinite.fused_cpu_program import (
+    ADD,
+    BOX,
+    CONV3,
+    COPY,
+    IMAGES,
+    IMAGES3,
+    LINEAR,
+    NORM,
+    POINT,
+    RELU,
+)
 from ntk_lightning.kernels.infinite.fused_cpu_simd import LANES, broadcast, load, store, zeros
 
 __all__ = ["Buffers", "Records", "run_block"]
@@ -262,9 +273,7 @@ def _box(buffers: Any, op: Any, plane: Any) -> None:
 
 
 @_compiled
-def _point(
-    buffers: Any, op: Any, plane: Any, paired: bool, source: int, own_weight: float, own_bias: float
-) -> None:
+def _point(buffers: Any, op: Any, plane: Any, paired: bool, source: int, own_weight: float, own_bias: float) -> None:
     """Apply an activation, or a normalization, to a plane."""
     work, left, right = buffers
     pixels, step, at = op.height * op.width, LANES if paired else 1, 0
@@ -541,7 +550,7 @@ def _run_block(
     records: Records,
     paired: bool,
     fill: bool,
-    first_row: int,
+    below: int,
     fields: int,
     sums: Array,
 ) -> None:
@@ -553,14 +562,13 @@ def _run_block(
         records: The network.
         paired: Whether the first images stand in groups too.
         fill: Fill in the numbers that activations need of pixels: every image is paired with itself.
-        first_row: Number of the first image's row where both sets are the same, of which groups below the diagonal are
-            left out; -1 else.
+        below: Groups of columns that end before column ``below`` + i of row i are left out.
         fields: 1 for the NNGP alone, 2 for both kernels.
         sums: NNGP and NTK are added to it, (first images or groups, groups or 1, 2 x 16).
     """
     for i in range(len(buffers.left)):
         for group in range(len(buffers.right)):
-            if (paired and group != i) or (first_row >= 0 and (group + 1) * LANES <= first_row + i):
+            if (paired and group != i) or (group + 1) * LANES <= below + i:
                 continue
             _run_group(
                 Buffers(buffers.work, buffers.left[i], buffers.right[group]),
