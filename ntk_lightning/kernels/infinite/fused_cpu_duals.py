@@ -132,7 +132,7 @@ def duals(
         return mean, odd + even * copysign(1.0 - share * _arc(t), r)
     if kind == NORM:  # first: 1 / sqrt(variance + eps)
         return k * first1 * first2, first1 * first2
-    if kind == SIN or kind == COS or kind == EXP:  # noqa: SIM109, PLR1714 - Numba knows no `in` here; first: v / 2
+    if SIN <= kind <= EXP:  # the sine, the cosine or exp; first: variance / 2
         m = first1 + first2
         if kind == EXP:
             mean = exp(k + m)

@@ -1,7 +1,7 @@
 """Compiled code that takes the covariances of 16 pairs of images at once through a network, plane by plane.
 
-For pairs of images, the covariances K[p, p + D] of one offset D = (dy, dx) are a *plane*: a row for each y, an entry for
-each x for which p = (y, x) and p + D are pixels. An entry is one vector, of 16 pairs of images. No operation but
+For pairs of images, the covariances K[p, p + D] of one offset D = (dy, dx) are a *plane*: a row for each y, an entry
+for each x for which p = (y, x) and p + D are pixels. An entry is one vector, of 16 pairs of images. No operation but
 pooling mixes planes:
 
     convolution   sums over a window inside the plane; with stride s, plane D becomes plane D / s, and planes whose
@@ -13,9 +13,9 @@ pooling mixes planes:
 
 A level is what lies between two poolings. Its *operations*, one record each, run one after the other on a plane, which
 is small enough to stay in the cache. The *schedule* lists (level, dy) in the order in which what a level needs is
-complete: planes of few rows dy are open at any time. Where slots, stored planes and pixels' numbers lie is laid out, and
-the fields of the records are explained, in :mod:`~ntk_lightning.kernels.infinite.fused_cpu_program`. A slot holds the
-plane of the NNGP and, a fixed gap behind it, that of the NTK; each is compact, row after row.
+complete: planes of few rows dy are open at any time. Where slots, stored planes and pixels' numbers lie, and what the
+fields of the records mean, stands in :mod:`~ntk_lightning.kernels.infinite.fused_cpu_records`. A slot holds the plane
+of the NNGP and, a fixed gap behind it, that of the NTK; each is compact, row after row.
 
 The first images of 16 pairs are one and the same (its numbers are broadcast), or 16 different ones (``paired``).
 
@@ -164,10 +164,7 @@ def _conv3(
         pixel1 = (((y + 1) * op.width) + plane.x) * step
         pixel2 = ((y + 1 + plane.dy) * op.width + plane.x + plane.dx) * LANES
         if coming:
-            if images:
-                here = _product(left, right, pixel1, pixel2, pixels, op.channels, paired)
-            else:
-                here = load(work, source)
+            here = _product(left, right, pixel1, pixel2, pixels, op.channels, paired) if images else load(work, source)
             if mode == 2:
                 here_t = load(work, source + gap)
         for c in range(0, line, LANES):
@@ -481,13 +478,13 @@ def _operate(buffers: Any, op: Any, dy: int, dx: int, paired: bool, fill: bool) 
         _copy(buffers.work, op, op.source, op.gap, plane.rows * plane.columns * LANES, False)
     elif fill and dy == 0 and dx == 0 and op.kind != LINEAR:  # the activation's numbers come from this very plane
         source = op.source
-        if op.code == CONV3 or op.code == IMAGES3:  # noqa: PLR1714 - Numba knows no `in` here
+        if op.code == CONV3 or op.code == IMAGES3:
             _dispatch_conv3(buffers, op, plane, paired, LINEAR)
             source = op.target
         _write_numbers(buffers, op, source)
         own_weight, own_bias = (op.own_weight, op.own_bias) if op.code == POINT else (0.0, 0.0)
         _point(buffers, op, plane, paired, source, own_weight, own_bias)
-    elif op.code == CONV3 or op.code == IMAGES3:  # noqa: PLR1714
+    elif op.code == CONV3 or op.code == IMAGES3:
         _dispatch_conv3(buffers, op, plane, paired, op.kind)
     else:
         _point(buffers, op, plane, paired, op.source, op.own_weight, op.own_bias)

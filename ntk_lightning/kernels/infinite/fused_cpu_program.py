@@ -2,13 +2,12 @@ r"""A convolutional network as operations on planes of covariances: what the com
 
 A plane holds the covariances K[p, p + D] of one offset D = (dy, dx); the compiled code,
 :mod:`~ntk_lightning.kernels.infinite.fused_cpu_numba`, explains why it can be taken through a network on its own.
-:func:`read` translates layers into *levels*, with pooling between them, each a list of operations on the planes in a few
-*slots*. Residual sums need a second slot, in which the body is computed while the first one keeps the shortcut:
+:func:`read` translates layers into *levels*, with pooling between them, each a list of operations on the planes in
+few *slots*. Residual sums need a second slot, in which the body is computed while the first one keeps the shortcut:
 
     a -> activation -> b,    b -> convolution -> b,    b -> convolution, added to -> a.
 
-Which offsets are needed follows from the end: all of them for global average pooling, 0 for ``nn.Flatten``; before a
-convolution of stride s the s-fold ones, before pooling those that meet a window.
+Longer than 300 lines, since what the operations mean and what becomes of each layer belong together.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ __all__ = [
     "BOX",
     "CONV3",
     "COPY",
+    "COS",
     "ERF",
     "EXP",
     "FEW",
@@ -51,9 +51,8 @@ __all__ = [
     "RELU",
     "SIGN",
     "SIN",
-    "COS",
-    "Level",
     "Head",
+    "Level",
     "Network",
     "Operation",
     "Unsupported",
@@ -70,8 +69,8 @@ Shape = tuple[int, int]
 Head = Linear | Activation | Norm | Scale  # what may follow on vectors
 
 
-class Unsupported(Exception):  # noqa: N818 - it is told as a clause, not raised to the user
-    """A layer that the compiled CPU kernel does not have."""
+class Unsupported(Exception):
+    """A layer that the compiled CPU kernel does not have: a clause that names it."""
 
 
 Windows = tuple[Window, Window]
@@ -91,8 +90,9 @@ def _slid(windows: Windows, shape: Shape) -> Shape:
 class Operation:
     """One step on a plane.
 
-    With S the sum over the windows, a convolution is K <- weight S(K) + bias, Theta <- weight S(Theta) + own_weight S(K)
-    + own_bias; a normalization adds own_weight K + own_bias to Theta. ``share`` is how many pixels of the level's beginning one pixel before the operation stands for.
+    With S the sum over the windows, a convolution is K <- weight S(K) + bias and
+    Theta <- weight S(Theta) + own_weight S(K) + own_bias; a normalization adds own_weight K + own_bias to Theta.
+    ``share`` is how many pixels of the level's beginning one pixel before the operation stands for.
     """
 
     code: int
@@ -133,7 +133,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Network:
-    """Levels, then a mean over equal pixels (``flat``) or over all pairs of pixels (or a sum), then a head on vectors."""
+    """Levels, then a mean over equal pixels (``flat``) or all pairs of them, or a sum, then a head on vectors."""
 
     levels: tuple[Level, ...]
     flat: bool
@@ -257,7 +257,7 @@ class _Reader:
         self.levels[0].operations[0] = replace(self.levels[0].operations[0], from_images=False)
 
     def _branch(self, layers: Sequence[Layer], value: _Value, target: int, free: int) -> _Value:
-        """Run layers on a value; they write to ``target``, its own slot or another one, and to slots from ``free`` on."""
+        """Run layers on a value; they write to ``target``, its own slot or another, and to slots from ``free`` on."""
         for i, layer in enumerate(layers):
             if i and _fuses(layers[i - 1], layer):
                 continue

@@ -201,7 +201,6 @@ def _operator(symbol: Callable[..., Any], emit: Callable[..., Any]) -> None:
 
 def _llvm(name: str, arity: int) -> Any:
     """The function ``llvm.NAME`` of vectors."""
-
     return _elementwise(lambda builder, *vectors: _call(builder, name, *vectors), arity)
 
 
@@ -258,7 +257,7 @@ root = _elementwise(_root, 2)
 
 
 def _exp(builder: Any, x: Any) -> Any:
-    """2^n exp(x - n log 2), with n the whole number nearest to x / log 2, in two factors for the sake of tiny results."""
+    """2^n exp(x - n log 2), with n the whole number nearest to x / log 2; 2^n in two factors, for tiny results."""
     wide = _bits(x.type) == 64
     mantissa, bias, lowest, highest = (52, 1023, -746.0, 710.0) if wide else (23, 127, -104.0, 89.0)
     whole = ir.VectorType(ir.IntType(64 if wide else 32), LANES)
