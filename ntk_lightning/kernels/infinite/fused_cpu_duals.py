@@ -18,7 +18,7 @@ from numba import njit
 from numpy.polynomial import Chebyshev, Polynomial
 
 from ntk_lightning.kernels.infinite.activations import less_its_sine
-from ntk_lightning.kernels.infinite.fused_cpu_program import COS, ERF, EXP, GELU, NORM, RELU, SIGN, SIN
+from ntk_lightning.kernels.infinite.fused_cpu_program import ERF, EXP, GELU, NORM, RELU, SIGN, SIN
 from ntk_lightning.kernels.infinite.fused_cpu_simd import (
     above,
     absolute,
