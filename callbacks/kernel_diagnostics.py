@@ -14,6 +14,7 @@ from ntk_lightning.callbacks.measured import Measured
 from ntk_lightning.callbacks.run_output import log_figure, log_metrics, log_table
 from ntk_lightning.callbacks.scheduled import ScheduledCallback
 from ntk_lightning.datamodules.unpack import Unpack
+from ntk_lightning.kernels.decay import decay_exponents
 from ntk_lightning.kernels.diagnostics import (
     centered_kernel_alignment,
     effective_rank,
@@ -26,6 +27,8 @@ from ntk_lightning.kernels.diagnostics import (
 
 __all__ = ["KernelDiagnostics"]
 
+_DECAY_SAMPLES = 500  # whose spectrum is fitted: a jackknife decomposes ten more Grams
+
 
 class KernelDiagnostics(ScheduledCallback):
     """Log measures of K^t, the empirical NTK after t steps, on the first training samples.
@@ -33,10 +36,11 @@ class KernelDiagnostics(ScheduledCallback):
     Centered kernel alignment with K^0 (Cortes et al., 2012), kernel-target alignment (Cristianini et al., 2001),
     distance to K^0 and velocity (Fort et al., 2020, arXiv 2010.15110), effective rank (Roy and Vetterli, 2007), leading
     eigenvalues, and the share of the labels in the leading eigenvectors: the formulas are in
-    :mod:`ntk_lightning.kernels.diagnostics`. Kept in ``kernel_diagnostics.csv`` and drawn in
-    ``kernel_diagnostics.png``. With ``per_layer`` also, in ``kernel_layers.csv`` and ``kernel_layers.png``, the kernel
-    of every module with parameters of its own, whose sum K^t is: its share of the trace, and its alignment with the
-    targets. The training is not disturbed.
+    :mod:`ntk_lightning.kernels.diagnostics`. From 40 samples on also the exponents by which the spectrum and the labels
+    fall (:mod:`ntk_lightning.kernels.decay`), of at most the first 500 samples, with 95% intervals. Kept in
+    ``kernel_diagnostics.csv`` and drawn, but for the exponents, in ``kernel_diagnostics.png``. With ``per_layer`` also,
+    in ``kernel_layers.csv`` and ``kernel_layers.png``, the kernel of every module with parameters of its own, whose sum
+    K^t is: its share of the trace, and its alignment with the targets. The training is not disturbed.
 
     Args:
         every_n_batches: Measure every so many steps.
@@ -120,6 +124,7 @@ class KernelDiagnostics(ScheduledCallback):
         }
         if self.rows and self._previous is not None:
             row["velocity"] = kernel_velocity(self._previous.to(gram), gram, step - self.rows[-1]["step"])
+        row |= _decays(gram, y)
         for i, eigenvalue in enumerate(leading_eigenvalues(gram, self.leading).tolist(), 1):
             row[f"eigenvalue_{i}"] = eigenvalue
         self.rows.append(row)
@@ -163,3 +168,13 @@ class KernelDiagnostics(ScheduledCallback):
         super().load_state_dict(state_dict)
         self._initial, self._previous = state_dict["initial"], state_dict["previous"]
         self.layers = state_dict.get("layers", [])
+
+
+def _decays(gram: Tensor, y: Tensor) -> dict[str, float | None]:
+    """Exponents of the spectrum and of the targets with the ends of their intervals; None where there are none."""
+    decays = decay_exponents(gram[:_DECAY_SAMPLES, :_DECAY_SAMPLES], y[:_DECAY_SAMPLES])
+    columns: dict[str, float | None] = {}
+    for name, decay in zip(("spectrum", "target"), decays or (None, None), strict=True):
+        values = (None,) * 3 if decay is None else (decay.exponent, *decay.interval)
+        columns |= dict(zip((f"{name}_exponent", f"{name}_exponent_low", f"{name}_exponent_high"), values, strict=True))
+    return columns

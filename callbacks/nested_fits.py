@@ -17,7 +17,7 @@ from ntk_lightning.optim import OptimizerConfig
 from ntk_lightning.solvers import KernelFit, gradient_flow, kernel_sgd, ridge
 from ntk_lightning.solvers.kernel_fit import Curve
 
-__all__ = ["FIT_NAMES", "FitKind", "NestedProblem", "check_sizes", "fit_nested", "flow_times"]
+__all__ = ["FIT_NAMES", "FitKind", "NestedProblem", "check_sizes", "flow_times"]
 
 FitKind = Literal["sgd", "flow", "ridge"]
 FIT_NAMES: dict[FitKind, str] = {"sgd": "SGD", "flow": "gradient flow", "ridge": "ridge regression"}
@@ -177,28 +177,3 @@ def check_sizes(sizes: Sequence[int] | None, n: int, what: str) -> list[int]:
     if chosen[0] < 1 or chosen[-1] > n:
         raise ValueError(f"Fit sizes {chosen} must lie between 1 and the {n} samples of the {what} set.")
     return chosen
-
-
-def fit_nested(
-    grams: GramAndCross,
-    train: Samples,
-    evaluation: dict[str, Samples],
-    optimizer: OptimizerConfig,
-    sizes: Sequence[int],
-    epochs_between: float = 1.0,
-) -> dict[int, KernelFit]:
-    """Fit a kernel by SGD on the first n training samples, for several n.
-
-    Args:
-        grams: As of :meth:`NestedProblem.compute`.
-        train: The largest training set.
-        evaluation: The "test" set, and the "val" set if there is one.
-        optimizer: The same as the network's.
-        sizes: Sizes of the nested training sets, increasing.
-        epochs_between: Epochs between two evaluations.
-
-    Returns:
-        The fit of each size.
-    """
-    problem = NestedProblem.compute(grams, train, evaluation, sizes[-1])
-    return {n: problem.sgd(n, optimizer, epochs_between=epochs_between) for n in sizes}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ class Samples:
 
     x: Tree
     y: Tensor
-    classes: Tensor | None = None
+    classes: Tensor | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.y)

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
         SyntheticTeacher,
         TensorData,
     )
-    from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK, KernelStore, compute_on_ray, kernel_key, monte_carlo
+    from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK, KernelStore, compute_on_ray, kernel_key
+    from ntk_lightning.kernels.monte_carlo import monte_carlo  # a file and its function: type checkers must see which
     from ntk_lightning.modules import FiniteNetwork, InfiniteNTKReadout, KernelReadout, LinearizedNetwork
     from ntk_lightning.networks import (
         MLP,

@@ -137,6 +137,8 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
     scales = "a scale of the study: small (the embedded images, for two cores), cifar10 (hours on them)"
     add("--scale", help=f"{scales}; without it the paper's size, CIFAR-5m (a download of 18 GB), for GPUs")
     add("--output", metavar="FOLDER", help="where results go (default: runs/studies/SCALE); run again to resume")
+    plan = "only print what its cells will cost: pairs, gradients, peak memory and time, measured on small ones"
+    add("--plan", action="store_true", help=plan)
     rates = "only print the critical learning rate of every kernel on these seeds, best such as the study does not use"
     add("--critical", nargs="+", type=int, metavar="SEED", help=rates)
     add("--wandb", metavar="PROJECT", help="log what is not yet logged as runs of this W&B project (default: none)")
@@ -145,7 +147,11 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_resources(parser: argparse.ArgumentParser, resources: type[Resources]) -> None:
     add = parser.add_argument
     add("--ray", nargs="?", const="local", metavar="ADDRESS", help="run the cells on Ray: on this machine or a cluster")
-    add("--cpus", type=int, help="CPU threads of a cell (default: all of this machine; on Ray, of the smallest node)")
+    add(
+        "--cpus",
+        type=int,
+        help="CPU threads of a cell (default: those that are free; on Ray, the smallest node's)",
+    )
     sharing = "GPUs of a cell on Ray; 0.25 lets four cells share one (default: %(default)g)"
     add("--gpus", type=float, default=resources.gpus, help=sharing)
     budget = "memory for the gradients behind an empirical NTK (default: %(default)s); wide networks need more"

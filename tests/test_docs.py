@@ -397,7 +397,7 @@ LINES = {  # of its tables: model and column
 @pytest.mark.parametrize("section", STUDIED)
 def test_results_page_has_the_errors_and_exponents_of_the_studies(section: str) -> None:
     study, axis = STUDIED[section]
-    text = next(part for part in (DOCS / "results.md").read_text().split("\n## ") if part.startswith(section))
+    text = next(part for part in (DOCS / "results-32x32.md").read_text().split("\n## ") if part.startswith(section))
     header, _, *lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
     places = [int(cell) for cell in header if cell.strip().isdecimal()]
     assert len(places) >= 3
@@ -415,3 +415,23 @@ def test_results_page_has_the_errors_and_exponents_of_the_studies(section: str) 
                 fit = fit_power_law([place for place, _ in measured], [*zip(*(s for _, s in measured), strict=True)])
             low, high = fit.beta_interval
             assert exponent == f"{fit.beta:.3f} [{low:.2f}, {high:.2f}]"
+
+
+NEURAL_TANGENTS = """
+    ABRelu Abs Aggregate AggregateImplementation AttentionMechanism AvgPool Bool Conv ConvLocal ConvTranspose Cos Dense
+    Diagonal DotGeneral Dropout Elementwise ElementwiseNumerical Erf Exp ExpNormalized FanInConcat FanInProd FanInSum
+    FanOut Flatten Gabor Gaussian Gelu GlobalAvgPool GlobalSelfAttention GlobalSumPool Hermite Identity ImageResize
+    Index
+    LayerNorm LeakyRelu MaskedArray Monomial Padding Polynomial PositionalEmbedding Rbf RectifiedMonomial Relu
+    Sigmoid_like Sign Sin Slice SumPool layer parallel repeat requires serial supports_masking unmask_fn
+    ODEState gp_inference gradient_descent gradient_descent_mse gradient_descent_mse_ensemble max_learning_rate
+    Kernel NtkImplementation DEFAULT_NTK_IMPLEMENTATION batch empirical_kernel_fn empirical_nngp_fn empirical_ntk_fn
+    empirical_ntk_vp_fn linearize monte_carlo_kernel_fn taylor_expand empirical_ntk_fn_tf get_apply_fn_and_params
+"""  # every public name of stax, predict, experimental and the main module of version 0.6.5
+
+
+def test_every_public_name_of_neural_tangents_is_in_the_tables() -> None:
+    text = (DOCS / "neural-tangents.md").read_text()
+    left = " ".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| "))
+    listed = {word for code in re.findall(r"`([^`]+)`", left) for word in re.findall(r"\w+", code)}
+    assert set(NEURAL_TANGENTS.split()) <= listed

@@ -326,7 +326,7 @@ def test_the_caption_counts_the_test_images_of_an_error(tmp_path: Path) -> None:
     rows = [tables.row("network", error, n=n) for n, error in ((500, 0.1), (1000, 0.0075))]
     study = read_study(tables.write(tmp_path, "counted", "n", rows))
     caption = study_caption(study)
-    assert "All seeds share the 2000 test images, whose choice no interval covers" in caption
+    assert "All seeds share the 2000 test images, whose choice no exponent's interval covers" in caption
     assert "the least error of a seed, 0.75%, is 15 of them." in caption
     assert "test images" not in study_caption(study, "loss")
 

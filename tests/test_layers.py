@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from oracle import close, dense
+from oracle import close, dense, trace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ntk_lightning import networks
 from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK, kernel_key
 from ntk_lightning.networks import (
     ChannelNorm,
@@ -22,6 +23,7 @@ from ntk_lightning.networks import (
     Pointwise,
     Residual,
     SelfAttention,
+    layers,
 )
 from ntk_lightning.networks.attention import Mechanism, Scaling
 
@@ -175,7 +177,10 @@ def test_empirical_kernels_of_every_layer(name: str) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(make(), nn.Flatten()).double()
     x = normal(3, *shape)
-    close(EmpiricalNTK(net, full=True)(x), dense(net, x, x))
+    kernel, expected = EmpiricalNTK(net), dense(net, x, x)
+    close(EmpiricalNTK(net, full=True)(x), expected)
+    close(sum(kernel.per_layer(x).values(), torch.zeros(())), trace(expected))
+    close(kernel.matvec(x, x[:, :1].flatten(1)[:, 0]), trace(expected) @ x[:, :1].flatten(1)[:, 0])
     assert torch.autograd.gradcheck(net, (x.requires_grad_(),))
 
 
@@ -191,6 +196,11 @@ def test_state_dicts_and_stored_kernels_keep_their_names() -> None:
     # what the version printed that had square filters in NTK parameterization only
     assert kernel_key(EmpiricalNTK(net)) == "1a7ec9cbf42466836c38a339e904416c"
     assert kernel_key(InfiniteNTK(net)) == "8389134e6d1530277cd8dff8a4105155"
+
+
+def test_networks_that_were_saved_whole_find_their_classes() -> None:
+    old = "Erf", "NTKConv2d", "NTKLinear", "Pointwise", "Residual"  # by the module that pickle wrote
+    assert all(getattr(layers, name) is getattr(networks, name) for name in old)
 
 
 def test_equal_layers_have_equal_names_however_they_are_spelled() -> None:

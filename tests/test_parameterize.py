@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK
+from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK, monte_carlo
 from ntk_lightning.modules import LinearizedNetwork
 from ntk_lightning.networks import NTKConv1d, NTKConv2d, NTKLinear, SelfAttention, ntk_parameterize
+from ntk_lightning.networks.widen import widened
 
 
 class Block(nn.Module):
@@ -102,6 +103,33 @@ def test_all_three_models_take_the_result() -> None:
     error = kernels.std(0) / len(nets) ** 0.5
     assert float(((kernels.mean(0) - InfiniteNTK(nets[0])(x)) / error).abs().max()) < 4
     assert LinearizedNetwork(nets[0])(x).shape == (3, 1)
+
+
+class Branches(nn.Module):
+    """A forward of its own, with plain layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(2, width, 3, padding=1)
+        self.second = nn.Conv1d(width, width, 1, bias=False)
+        self.out = nn.Linear(width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        out: Tensor = self.out((h + self.second(F.gelu(h))).mean(2))
+        return out
+
+
+@pytest.mark.parametrize("kind", ["ntk", "nngp"])
+def test_converted_graphs_have_the_infinite_kernel_of_their_copy(kind: Literal["ntk", "nngp"]) -> None:
+    net, x = Branches(16), torch.randn(2, 2, 5, generator=torch.Generator().manual_seed(0)).double()
+    converted = ntk_parameterize(net)
+    expected = InfiniteNTK(widened(converted, x[:1].float(), 32), kind)(x)  # its biases' scales are those of a width
+    mean, error = monte_carlo(converted, x, kind=kind, seeds=16, width_factor=32)
+    assert float(((mean - expected) / error).abs().max()) < 4
+    if kind == "nngp":  # the same function at initialization
+        plain = InfiniteNTK(net, kind)(x)
+        torch.testing.assert_close(InfiniteNTK(converted, kind)(x), plain, rtol=1e-12, atol=0)
 
 
 def hooked() -> nn.Module:

@@ -347,9 +347,12 @@ def test_nodes_that_are_gone_have_no_room(monkeypatch: pytest.MonkeyPatch) -> No
     ray = SimpleNamespace(is_initialized=lambda: True, nodes=lambda: nodes)
     monkeypatch.setitem(sys.modules, "ray", ray)
     for cpus, slots in ((None, 3), (1, 6)):
-        with on_ray("local", Path(), Resources("local", cpus), {}) as executor:
+        with on_ray("local", Path(), Resources("local", cpus), None, ()) as executor:
             assert executor.slots == slots
-    with pytest.raises(ValueError, match="A cell asks for 8 CPUs"), on_ray("local", Path(), Resources("local", 8), {}):
+    with (
+        pytest.raises(ValueError, match="A cell asks for 8 CPUs"),
+        on_ray("local", Path(), Resources("local", 8), None, ()),
+    ):
         pass
 
 

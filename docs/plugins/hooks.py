@@ -1,4 +1,4 @@
-"""What the site is built with: mathematics as MathML, and the performance page from the benchmarks' results."""
+"""What the site is built with: mathematics as MathML, performance and results pages from what was measured."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from mkdocs.structure.pages import Page
 
 sys.path.insert(0, str(Path(__file__).parent))  # MkDocs loads a hook as a lone file
 import performance
+import results
 
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pictures of the performance page.
+    """Add the pictures of the performance page and of the results page.
 
     Returns:
         The files.
     """
-    for name, content in performance.pictures().items():
-        files.append(File.generated(config, f"performance/{name}.svg", content=content))
+    for folder, made in (("performance", performance), ("results", results)):
+        for name, content in made.pictures().items():
+            files.append(File.generated(config, f"{folder}/{name}.svg", content=content))
     return files
 
 
@@ -35,7 +37,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     Returns:
         The page.
     """
-    tables = performance.tables()
+    tables = performance.tables() | results.tables()
     return re.sub(r"<!-- results: (\w+) -->", lambda match: tables[match[1]], markdown)
 
 

@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +18,6 @@ from torch.nn.parameter import is_lazy
 from ntk_lightning.kernels.checks import check_finite, check_inputs
 from ntk_lightning.kernels.empirical.empirical_ntk import EmpiricalNTK
 from ntk_lightning.kernels.empirical.memory_plan import parse_bytes
-from ntk_lightning.kernels.empirical.network_function import select_output
 from ntk_lightning.kernels.empirical.network_state import Weights, copy_network, usable
 from ntk_lightning.kernels.empirical.sample_independence import agree, check_modes
 from ntk_lightning.kernels.empirical.standard_layers import is_standard
@@ -40,17 +40,15 @@ def monte_carlo(
     width_factor: int = 1,
     memory: str | int = "1GB",
 ) -> tuple[Tensor, Tensor]:
-    r"""Mean kernel of finite networks at initialization, and its standard error.
+    """Mean kernel of finite networks at initialization, and its standard error.
 
-    With :math:`f_s` the network with weights drawn by seed s, of S seeds, and C outputs,
+    With f_s the network with weights drawn by seed s, of S seeds, and C outputs, the kernels are
 
-    .. math::
-        K_s(x, x') = \frac1C \sum_c \langle \nabla f_{s,c}(x), \nabla f_{s,c}(x') \rangle
-        \quad\text{or}\quad \frac1C \sum_c f_{s,c}(x) f_{s,c}(x')
+        K_s(x, x') = 1/C sum_c <grad f_sc(x), grad f_sc(x')>  (NTK)  or  1/C sum_c f_sc(x) f_sc(x')  (NNGP),
 
-    for the NTK and the NNGP; the results are the mean of the :math:`K_s` and their standard deviation over
-    :math:`\sqrt S`. At growing width the mean approaches the kernel k of :class:`InfiniteNTK` to about 1 / width (Novak
-    et al., 2019, arXiv 1810.05148): (mean - k) / error should be a few at most.
+    and the results are their mean over s, and their standard deviation over sqrt(S). At growing width the mean
+    approaches the kernel k of :class:`~ntk_lightning.kernels.InfiniteNTK`, to about 1 / width (Novak et al., 2019,
+    arXiv 1810.05148): (mean - k) / error should be a few at most.
 
     Every parameter is drawn by ``reset_parameters`` of the module that owns it, or of one that contains it. An
     initialization that a network does elsewhere, in its constructor say, is not seen.
@@ -70,8 +68,8 @@ def monte_carlo(
 
     Raises:
         TypeError: Inputs are not floating-point tensors, or a seed or factor is not a whole number.
-        ValueError: Fewer than two seeds, an unknown kind, a layer whose initialization or whose width is not known, no
-            parameter to differentiate, or the network mixes samples.
+        ValueError: Fewer than two seeds or one out of range, an unknown kind, a layer whose initialization or width is
+            not known, no parameter to differentiate, or the network mixes samples or gives something else than outputs.
         FloatingPointError: An output or gradient is not finite.
 
     Example:
@@ -81,6 +79,8 @@ def monte_carlo(
         (tensor([[0.5000, 0.0000],
                 [0.0000, 0.5000]]), tensor(0.))
     """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net must be an nn.Module, got {net!r}.")
     check_inputs(x1, x2)
     check_size("width_factor", width_factor, 1)
     numbers = _check_seeds(seeds)
@@ -95,13 +95,24 @@ def monte_carlo(
         raise TypeError("The network has complex parameters: use EmpiricalNTK of several networks.")
     check_modes(net, dropout=False)
     dtype = at_least_float32(x1.dtype)
-    with torch.inference_mode(False), torch.no_grad(), own_precision(x1.device.type):
+    with torch.inference_mode(False), torch.no_grad(), own_precision(x1.device.type), _seeded(x1.device, numbers[0]):
         x1, x2 = usable(x1, dtype), None if x2 is None else usable(x2, dtype)
         # weights are drawn on the CPU, whose generator gives the same on every machine
         made = widened(copy_network(net).to("cpu", dtype), x1[:1].cpu(), width_factor)
         kernels = torch.cat(list(_Ensemble(made, x1, x2, kind == "ntk", budget).kernels(numbers)))  # (S, n1, n2)
     check_finite(kernels, "check the scales of the network's layers, or compute in float64", "kernel of seed", sides=1)
     return kernels.mean(0), kernels.std(0) / math.sqrt(len(numbers))
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """The same masks of dropout at every call, and torch's generators as they were after it."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def _check_seeds(seeds: object) -> list[int]:
@@ -113,6 +124,8 @@ def _check_seeds(seeds: object) -> list[int]:
         numbers = list(range(seeds if is_whole(seeds) else 0))
     if not all(is_whole(seed) for seed in numbers):
         raise TypeError(f"seeds must be how many, or whole numbers, got {seeds!r}.")
+    if not all(0 <= seed < 2**63 for seed in numbers):
+        raise ValueError(f"seeds must be at least 0 and less than 2^63, got {seeds!r}.")
     if len(numbers) < 2 or len(set(numbers)) < len(numbers):
         raise ValueError(f"seeds must be at least two different ones, got {seeds!r}: one has no standard error.")
     return [int(seed) for seed in numbers]
@@ -138,8 +151,9 @@ class _Ensemble:
 
     def kernels(self, seeds: list[int]) -> Iterator[Tensor]:
         """Kernels (s, n1, n2), of as many seeds at once as the budget holds."""
-        chunk = min(len(seeds), self.budget // self._nbytes())
+        chunk = min(len(seeds), self.budget // max(self._nbytes(), 1))
         masks = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0 for m in self.net.modules())
+        # with masks there is nothing to compare with: no two calls give the same
         if chunk and not masks and not is_standard(self.net) and not self._vmap_is_right(seeds[0]):
             chunk = 0
         for start in range(0, len(seeds), max(chunk, 1)):
@@ -151,7 +165,7 @@ class _Ensemble:
         rows = 1
         if self.ntk:
             with torch.no_grad():
-                outputs = select_output(None, self.net(self.x1[:1].cpu()), 1)
+                outputs = _outputs(self.net(self.x1[:1].cpu()), 1)
             rows = 2 * outputs.numel() * len(self._all_inputs())
         return self.x1.element_size() * size * (rows + 1)
 
@@ -166,12 +180,19 @@ class _Ensemble:
         names = {name for name, parameter in self.net.named_parameters() if parameter.requires_grad}
         trained = {name: value for name, value in stacked.items() if name in names}
         frozen = {name: value for name, value in stacked.items() if name not in names}
-        kernels: Tensor = vmap(self._ntk if self.ntk else self._nngp, randomness="different")(trained, frozen)
+        try:
+            kernels: Tensor = vmap(self._ntk if self.ntk else self._nngp, randomness="different")(trained, frozen)
+        except RuntimeError as error:
+            if "randomness" in str(error):
+                raise ValueError(
+                    f"vmap cannot draw this network's masks: call net.eval(). Its words: {error}"
+                ) from error
+            raise
         return kernels
 
     def _outputs(self, trained: Weights, frozen: Weights, x: Tensor) -> Tensor:
         """Outputs (n, C)."""
-        return select_output(None, functional_call(self.net, {**trained, **frozen}, (x,)), len(x)).reshape(len(x), -1)
+        return _outputs(functional_call(self.net, {**trained, **frozen}, (x,)), len(x))
 
     def _nngp(self, trained: Weights, frozen: Weights) -> Tensor:
         return self._pair(self._outputs(trained, frozen, self._all_inputs())[..., None])
@@ -211,3 +232,16 @@ class _Ensemble:
             _log.info("The networks of %s are computed one by one: %s", type(self.net).__name__, error)
             return False
         return agree(found, expected, 1e-10, 1e-3)
+
+
+def _outputs(returned: object, n: int) -> Tensor:
+    """What a network returns for n samples, as (n, C)."""
+    if isinstance(returned, Tensor) and returned.dim() == 0 and n == 1:  # (1, 1) without its dimensions, by squeeze()
+        returned = returned.reshape(1)
+    if not isinstance(returned, Tensor) or returned.dim() not in (1, 2) or len(returned) != n:
+        got = f"shape {tuple(returned.shape)}" if isinstance(returned, Tensor) else type(returned).__name__
+        raise ValueError(
+            f"The network must map (n, ...) to (n,) or (n, outputs), {n} samples gave {got}: wrap it in a module that "
+            "selects the outputs."
+        )
+    return returned.reshape(n, -1)

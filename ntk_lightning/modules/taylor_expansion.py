@@ -19,12 +19,12 @@ from ntk_lightning.kernels.empirical.derivatives import (
     is_adjoint,
 )
 from ntk_lightning.kernels.empirical.inputs import Inputs
+from ntk_lightning.kernels.empirical.layer_by_layer import is_chain
 from ntk_lightning.kernels.empirical.network_function import Output
 from ntk_lightning.kernels.empirical.network_state import Weights, preserved, usable
 from ntk_lightning.kernels.empirical.rows import AllocationMeter
 from ntk_lightning.kernels.empirical.standard_layers import is_standard
 from ntk_lightning.modules.gradient_product import by_gradients
-from ntk_lightning.modules.layer_by_layer import is_chain
 from ntk_lightning.modules.output_gradient import by_output_gradient
 from ntk_lightning.modules.taylor_mode import nested_derivatives, taylor_coefficients
 from ntk_lightning.precision import own_precision

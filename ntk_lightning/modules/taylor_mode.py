@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp
 
+from ntk_lightning.kernels.empirical.layer_by_layer import BILINEAR, LayerWeights, walk
 from ntk_lightning.kernels.empirical.network_state import Weights
-from ntk_lightning.modules.layer_by_layer import BILINEAR, LayerWeights, walk
 from ntk_lightning.networks import Erf
 
 __all__ = ["nested_derivatives", "taylor_coefficients"]
@@ -45,8 +45,8 @@ def taylor_coefficients(net: nn.Module, w0: Weights, direction: Weights, x: Tens
     Returns:
         phi^(j)(0) / j! for j = 0 to k, each of the shape of ``net(x)``.
     """
-    weights = LayerWeights(net, w0, direction)
-    a = walk(net, {0: x}, partial(_layer, weights, order), _sum)
+    weights = LayerWeights(net, w0)
+    a = walk(net, {0: x}, partial(_layer, weights, direction, order), _sum)
     return [a[j] if j in a else torch.zeros_like(a[0]) for j in range(order + 1)]
 
 
@@ -70,27 +70,27 @@ def nested_derivatives(
     return (*values, tangents[-1])
 
 
-def _layer(weights: LayerWeights, order: int, module: nn.Module, a: Polynomial) -> Polynomial:
+def _layer(weights: LayerWeights, d: Weights, order: int, module: nn.Module, a: Polynomial) -> Polynomial:
     """The polynomial of a layer's output from that of its input, by the layer's type."""
     kind = type(module)
     if kind in BILINEAR:
-        return _bilinear(weights, order, module, a)
+        return _bilinear(weights, d, order, module, a)
     if kind in _LINEAR:
         return {j: module(coefficient) for j, coefficient in a.items()}
-    if len(a) == 1 and not weights.moves(module):  # a constant stays one
+    if len(a) == 1 and not weights.moves(module, d):  # a constant stays one
         return {0: weights.at_w0(module, a[0])}
     if kind in _PIECEWISE_LINEAR:
         return _piecewise_linear(module, a)
-    return _pointwise(module, a, order) if kind in _POINTWISE else _any(weights, order, module, a)
+    return _pointwise(module, a, order) if kind in _POINTWISE else _any(weights, d, order, module, a)
 
 
-def _bilinear(weights: LayerWeights, order: int, module: nn.Module, a: Polynomial) -> Polynomial:
+def _bilinear(weights: LayerWeights, d: Weights, order: int, module: nn.Module, a: Polynomial) -> Polynomial:
     """z(t) = (w0 + t d) a(t): z_j = w0 a_j + d a_{j-1}."""
     z = {j: weights.at_w0(module, coefficient, linear=j > 0) for j, coefficient in a.items()}
-    if weights.moves(module):
+    if weights.moves(module, d):
         for j, coefficient in a.items():
             if j < order:
-                z = _sum(z, {j + 1: weights.along_d(module, coefficient, linear=j > 0)})
+                z = _sum(z, {j + 1: weights.along(module, d, coefficient, linear=j > 0)})
     return z
 
 
@@ -117,13 +117,13 @@ def _pointwise(module: nn.Module, a: Polynomial, order: int) -> Polynomial:
     return z
 
 
-def _any(weights: LayerWeights, order: int, module: nn.Module, a: Polynomial) -> Polynomial:
+def _any(weights: LayerWeights, d: Weights, order: int, module: nn.Module, a: Polynomial) -> Polynomial:
     """Any other layer by nested jvp in t, of itself alone."""
 
     def at(w: Weights) -> Tensor:
         t = w["t"]
         x: Tensor = sum((t**j * coefficient for j, coefficient in a.items() if j), a[0])
-        return weights.at(module, t, x)
+        return weights.at(module, d, t, x)
 
     t = a[0].new_zeros(())
     derivatives = nested_derivatives(at, {"t": t}, {"t": torch.ones_like(t)}, order)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import nn
 
+from ntk_lightning.networks.affine import NTKLinear
 from ntk_lightning.networks.convolutions import NTKConv2d
-from ntk_lightning.networks.layers import NTKLinear
 from ntk_lightning.whole_number import check_whole
 
 __all__ = ["MLP", "FiveLayerCNN", "MyrtleCNN"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ntk_lightning.networks.layers import check_scales
+from ntk_lightning.networks.affine import check_scales
 from ntk_lightning.whole_number import check_size, check_whole
 
 __all__ = ["SelfAttention"]
@@ -27,19 +27,18 @@ _MECHANISMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class SelfAttention(nn.Module):
-    r"""Multi-head self-attention over all positions, in NTK parameterization, without positional encoding.
+    """Multi-head self-attention over all positions, in NTK parameterization, without positional encoding.
 
-    With x_p the C channels at position p = 1..L, each of the heads h has weights Q, K, V (d, C), and
+    With x_p the C channels at position p = 1..L, each head h of H has weights Q_h, K_h, V_h (d, C) and O_h (C', d), and
 
-    .. math::
-        A_{pq} = f\left(\frac{(\sigma_Q Q x_p) \cdot (\sigma_K K x_q)}{C\, s(d)}\right), \qquad
-        z_p = \frac{\sigma_O \sigma_V}{\sqrt{H d\, C}} \sum_h O_h \sum_q A_{pq} V x_q + \sigma_b b,
+        A_h[p, q] = f(query_std key_std <Q_h x_p, K_h x_q> / (C s(d))),
+        z_p = out_std value_std / sqrt(H d C) sum_h O_h sum_q A_h[p, q] V_h x_q + bias_std b,
 
-    all entries of Q, K, V, O and b of N(0, 1), and f the ``mechanism``, softmax over q (Hron et al., 2020, "Infinite
-    attention", arXiv 2006.10540). Scaling ``"linear"`` is s(d) = d with Q = K, one matrix: independent ones would give
-    scores of 0 at infinite width. As the number d of channels of a head grows, the scores then become the covariances
-    of the input's positions, those of all heads the same. Scaling ``"sqrt"`` is the usual s(d) = sqrt(d) with
-    independent Q and K: the scores stay random, and the limit is one of many heads; it has a closed form for
+    all entries of the weights and of b of N(0, 1), and f the ``mechanism``, softmax over q (Hron et al., 2020,
+    "Infinite attention", arXiv 2006.10540). Scaling ``"linear"`` is s(d) = d with Q = K, one matrix: independent ones
+    would give scores of 0 at infinite width. As the number d of channels of a head grows, the scores then become the
+    covariances of the input's positions, those of all heads the same. Scaling ``"sqrt"`` is the usual s(d) = sqrt(d)
+    with independent Q and K: the scores stay random, and the limit is one of many heads; it has a closed form for
     ``"identity"`` only. In both the limits are those of neural-tangents' ``GlobalSelfAttention``.
 
     Args:
@@ -47,7 +46,7 @@ class SelfAttention(nn.Module):
         out_channels: Channels of the output, which has the input's positions.
         mechanism: What is applied to the scores.
         scaling: Their scaling.
-        query_std: Standard deviation sigma_Q of the query weights at unit fan-in.
+        query_std: Standard deviation of the query weights at unit fan-in.
         key_std: That of the key weights.
         value_std: That of the value weights.
         out_std: That of the output weights.

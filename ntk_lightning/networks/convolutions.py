@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from ntk_lightning.networks.layers import NTKLayer, Parameterization
+from ntk_lightning.networks.affine import NTKLayer, Parameterization
 from ntk_lightning.whole_number import check_whole, is_whole
 
 __all__ = ["NTKConv1d", "NTKConv2d"]

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from ntk_lightning.networks.affine import NTKLinear, check_scales
 from ntk_lightning.networks.convolutions import NTKConv1d, NTKConv2d
-from ntk_lightning.networks.layers import NTKLinear, check_scales
 
 __all__ = ["ntk_parameterize"]
 
@@ -26,13 +26,13 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def ntk_parameterize(net: nn.Module, weight_std: float | None = None, bias_std: float | None = None) -> nn.Module:
-    r"""Copy a network with its plain layers in the neural tangent parameterization, ready for all three models.
+    """Copy a network with its plain layers in the neural tangent parameterization, ready for all three models.
 
-    Every ``nn.Linear``, ``nn.Conv1d`` and ``nn.Conv2d`` becomes an :class:`NTKLinear`, :class:`NTKConv1d` or
-    :class:`NTKConv2d` of the same name, sizes, dtype and device, with new weights of N(0, 1). By default its scales are
-    those that PyTorch draws with: uniform with variance 1 / (3 fan_in), weights and biases alike, hence
+    Every ``nn.Linear``, ``nn.Conv1d`` and ``nn.Conv2d`` becomes an ``NTKLinear``, ``NTKConv1d`` or ``NTKConv2d`` of the
+    same name, sizes, dtype and device, with new weights of N(0, 1). By default its scales are those that PyTorch draws
+    with: uniform with variance 1 / (3 fan_in), weights and biases alike, hence
 
-    .. math:: \text{weight\_std} = 1 / \sqrt 3, \qquad \text{bias\_std} = 1 / \sqrt{3\,\text{fan\_in}},
+        weight_std = 1 / sqrt(3),    bias_std = 1 / sqrt(3 fan_in),
 
     so that the copy at initialization is, at large width, the same random function as a fresh plain network; its
     gradients, and with them its training, are those of the new parameterization (Jacot et al., 2018, arXiv 1806.07572).

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ntk_lightning.networks.affine import NTKLayer
 from ntk_lightning.networks.attention import SelfAttention
-from ntk_lightning.networks.layers import NTKLayer
 
 __all__ = ["redraw", "widened"]
 
@@ -165,13 +165,14 @@ def _last_layers(net: nn.Module, sample: Tensor) -> tuple[torch.Size, set[nn.Mod
     try:
         with torch.enable_grad():
             outputs = net(sample)
+            total = outputs.sum() if isinstance(outputs, Tensor) else None
     finally:
         for hook in hooks:
             hook.remove()
     leaves = [leaf for _, leaf in ends]
-    if not isinstance(outputs, Tensor) or not outputs.requires_grad:
+    if total is None or not total.requires_grad:
         raise ValueError("The network's outputs do not follow from affine layers: nothing can be widened.")
-    gradients = torch.autograd.grad(outputs.sum(), leaves, allow_unused=True)
+    gradients = torch.autograd.grad(total, leaves, allow_unused=True)
     return outputs.shape, {module for (module, _), g in zip(ends, gradients, strict=True) if g is not None}
 
 

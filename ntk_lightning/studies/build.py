@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -14,18 +15,34 @@ from torch import nn
 
 from ntk_lightning.callbacks.scheduled import steps_to_measure
 from ntk_lightning.datamodules.base import ImageDataModule
+from ntk_lightning.datamodules.samples import Samples
 from ntk_lightning.studies.cell_config import Cell
 from ntk_lightning.studies.config import StudyConfig
 from ntk_lightning.studies.schema import AFTER, DURING, FRESH
 
-__all__ = ["LoadedData", "build", "check_study", "set_up_data"]
+__all__ = ["LoadedData", "apart_from_subset", "build", "check_study", "set_up_data"]
 
 
-def build(cell: Cell) -> tuple[ImageDataModule, nn.Sequential]:
+@dataclass(frozen=True)
+class LoadedData:
+    """What a study must know of its data.
+
+    Args:
+        digest: Of the pools: of their shapes, and of the labels and images of up to 1024 samples spread over each,
+            which a changed file or a changed ``load`` changes.
+        pool: Samples of the training pool.
+    """
+
+    digest: str
+    pool: int
+
+
+def build(cell: Cell, loaded: LoadedData | None = None) -> tuple[ImageDataModule, nn.Sequential]:
     """Make a cell's data module and its network, whose weights are drawn from the generator as it stands.
 
     Args:
         cell: The cell.
+        loaded: What the study has seen of its data: a process then reads their pools once for all cells.
 
     Returns:
         Data module, not set up, and network.
@@ -37,7 +54,38 @@ def build(cell: Cell) -> tuple[ImageDataModule, nn.Sequential]:
     made = parser.instantiate_classes(parsed)
     if not isinstance(made.net, nn.Sequential):
         raise ValueError(f"net must make an nn.Sequential, {cell.net.get('class_path')} makes {type(made.net)}.")
-    return made.data, made.net
+    data: ImageDataModule = made.data
+    if loaded is not None:
+        pools = _pools(json.dumps(apart_from_subset(cell), sort_keys=True), loaded.digest)
+        load = data.load
+
+        def load_once(train: bool) -> Samples:
+            if train not in pools:
+                pools[train] = load(train=train)
+            return pools[train]
+
+        data.load = load_once  # type: ignore[method-assign]
+    return data, made.net
+
+
+def apart_from_subset(cell: Cell) -> dict[str, Any]:
+    """Describe a cell's data without the arguments that choose a subset of them.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        Class path and the other arguments.
+    """
+    chosen = ("n_train", "subset_seed", "fresh")
+    arguments = {k: value for k, value in cell.data.get("init_args", {}).items() if k not in chosen}
+    return {**cell.data, "init_args": arguments}
+
+
+@lru_cache(maxsize=1)
+def _pools(data: str, digest: str) -> dict[bool, Samples]:
+    """The pools that this process has read of some data: of the training set, True, and of the test set, False."""
+    return {}
 
 
 def check_study(config: StudyConfig, arms: Mapping[str, Sequence[Cell]]) -> None:
@@ -75,20 +123,6 @@ def check_study(config: StudyConfig, arms: Mapping[str, Sequence[Cell]]) -> None
             f"figure.at = {figure.at} of study {config.name}: no arm shows a kernel at t = {missing}. Its kernels "
             f"during training are taken at t = {steps}: choose of these, or change kernels_at of an arm."
         )
-
-
-@dataclass(frozen=True)
-class LoadedData:
-    """What a study must know of its data.
-
-    Args:
-        digest: Of the pools: of their shapes, and of the labels and images of up to 1024 samples spread over each,
-            which a changed file or a changed ``load`` changes.
-        pool: Samples of the training pool.
-    """
-
-    digest: str
-    pool: int
 
 
 def set_up_data(cells: Sequence[Cell], *, finished: bool = False) -> LoadedData | None:

@@ -25,20 +25,20 @@ from ntk_lightning.callbacks import (
     OptimalEarlyStopping,
     StopAtTrainError,
 )
-from ntk_lightning.callbacks.nested_fits import fit_nested
+from ntk_lightning.callbacks.nested_fits import NestedProblem
 from ntk_lightning.datamodules.base import ImageDataModule
 from ntk_lightning.kernels.empirical.evaluation import evaluation_ntk
 from ntk_lightning.kernels.grams.gram_and_cross import GramAndCross
 from ntk_lightning.modules import FiniteNetwork, LinearizedNetwork
-from ntk_lightning.solvers import KernelFit
-from ntk_lightning.studies.build import build
+from ntk_lightning.studies.build import LoadedData, build
 from ntk_lightning.studies.cell_config import Cell
 from ntk_lightning.studies.files import Rows
+from ntk_lightning.studies.predictions import predicted_columns
 from ntk_lightning.studies.schema import AFTER, DURING, FRESH, TRAINED
-from ntk_lightning.studies.shared_gram import cell_grams, infinite_kernel
+from ntk_lightning.studies.shared_gram import cell_grams
 from ntk_lightning.studies.trained import Trained, read_trained, trained_path, write_trained
 
-__all__ = ["Outcome", "attempt", "run_cell"]
+__all__ = ["Outcome", "attempt", "cpu_threads", "quiet_lightning", "run_cell", "train"]
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,16 @@ class Outcome:
     failure: str | None = None
 
 
-def attempt(cell: Cell, folder: Path, pool: int | None, threads: int, memory: str, progress: bool) -> Outcome:
+def attempt(
+    cell: Cell, folder: Path, loaded: LoadedData | None, whole_pool: bool, threads: int, memory: str, progress: bool
+) -> Outcome:
     """Run a cell once; whatever goes wrong in it is reported, and the other cells of the study go on.
 
     Args:
         cell: What to run.
         folder: As of :func:`run_cell`, like the others.
-        pool: Samples of the pool whose one Gram serves the cell.
+        loaded: What the study has seen of its data.
+        whole_pool: Take the Gram from that of the whole pool.
         threads: CPU threads.
         memory: Budget of an extraction.
         progress: Show progress bars.
@@ -69,7 +72,8 @@ def attempt(cell: Cell, folder: Path, pool: int | None, threads: int, memory: st
         The rows, or the traceback.
     """
     try:
-        return Outcome(run_cell(cell, folder, memory, pool=pool, threads=threads, progress=progress))
+        shared = partial(run_cell, cell, folder, memory, loaded=loaded, whole_pool=whole_pool)
+        return Outcome(shared(threads=threads, progress=progress))
     except Exception:
         return Outcome(failure=traceback.format_exc())
 
@@ -79,7 +83,8 @@ def run_cell(
     folder: Path,
     memory: str,
     *,
-    pool: int | None = None,
+    loaded: LoadedData | None = None,
+    whole_pool: bool = False,
     threads: int | None = None,
     progress: bool = False,
 ) -> Rows:
@@ -91,7 +96,9 @@ def run_cell(
         cell: What to run.
         folder: Of the results. In it cells share ``grams``, of infinite width, and ``networks``, trained.
         memory: Budget of an extraction of an empirical NTK, such as "4GB".
-        pool: Samples of the pool whose one Gram serves the cell; None for a Gram of its own subset.
+        loaded: What the study has seen of its data; None reads them anew.
+        whole_pool: Take the Gram of infinite width from that of the whole pool, which serves all seeds; by default
+            there is one of the cell's own subset.
         threads: CPU threads; sums, and so the last digits, depend on their number. None leaves it as it is.
         progress: Show progress bars.
 
@@ -102,15 +109,15 @@ def run_cell(
         ValueError: Configuration, data and sizes do not go together.
     """
     started = time.perf_counter()
-    with torch.random.fork_rng(), _quiet_lightning(), _threads(threads):
+    with torch.random.fork_rng(), quiet_lightning(), cpu_threads(threads):
         torch.manual_seed(cell.seed)
-        data, net = build(cell)
+        data, net = build(cell, loaded)
         data.prepare_data()
         data.setup()
         if cell.model == "network":
-            rows = _network(cell, net, data, folder, memory)
+            rows = _network(cell, net, data, trained_path(folder, cell, data, loaded), memory)
         elif cell.model in TRAINED:
-            trained, during = _train(
+            trained, during = train(
                 cell, LinearizedNetwork(net, cell.optimizer, int(cell.model.split()[1])), data, memory
             )
             rows = [_row(cell, cell.model, trained.model_errors), *during]
@@ -119,20 +126,19 @@ def run_cell(
             if cell.model == "empirical":
                 grams = partial(evaluation_ntk(net.to(_device()), memory).gram_and_cross, progress=progress)
             else:
-                grams = cell_grams(cell, infinite_kernel(cell), folder / "grams", pool, progress)
-            fits = _fit_kernel(cell, grams, data, "train", [cell.n])
-            rows = [_row(cell, cell.model, ModelErrors.of_fit(cell.model, cell.n, fits[cell.n]))]
+                grams = cell_grams(cell, folder / "grams", loaded if whole_pool else None, progress)
+            rows = _fit_kernel(cell, cell.model, grams, data, "train", [cell.n])
     seconds = time.perf_counter() - started
     return [{**row, "seconds": seconds} for row in rows]
 
 
-def _network(cell: Cell, net: nn.Sequential, data: ImageDataModule, folder: Path, memory: str) -> Rows:
+def _network(cell: Cell, net: nn.Sequential, data: ImageDataModule, path: Path, memory: str) -> Rows:
     """Train a network, unless a cell with the same training has, and fit the kernels extracted from it."""
-    path, during = trained_path(folder, cell, data), list[dict[str, Any]]()
+    during = list[dict[str, Any]]()
     watched = cell.kernels_at or cell.log_spaced
     trained = None if watched else read_trained(path)
     if trained is None:
-        trained, during = _train(cell, FiniteNetwork(net, cell.optimizer), data, memory)
+        trained, during = train(cell, FiniteNetwork(net, cell.optimizer), data, memory)
         write_trained(path, trained)
     net.load_state_dict(dict(trained.weights))
     rows = [_row(cell, cell.model, trained.model_errors)]
@@ -140,17 +146,25 @@ def _network(cell: Cell, net: nn.Sequential, data: ImageDataModule, folder: Path
         if not sizes:
             continue
         try:
-            fits = _fit_kernel(cell, evaluation_ntk(net.to(_device()), memory).gram_and_cross, data, split, sizes)
+            grams = evaluation_ntk(net.to(_device()), memory).gram_and_cross
+            rows += _fit_kernel(cell, model, grams, data, split, sizes, m=cell.n, t=trained.steps)
         except FloatingPointError as error:
             warnings.warn(f"There is no after-kernel. {error}", stacklevel=2)
-            continue
-        errors = (ModelErrors.of_fit(model, n, fit) for n, fit in fits.items())
-        rows += [_row(cell, model, each, m=cell.n, t=trained.steps) for each in errors]
     return rows + during
 
 
-def _train(cell: Cell, module: LightningModule, data: ImageDataModule, memory: str) -> tuple[Trained, Rows]:
-    """Train a module: what became of it, and the rows of its kernels during training."""
+def train(cell: Cell, module: LightningModule, data: ImageDataModule, memory: str) -> tuple[Trained, Rows]:
+    """Train a module with the callbacks that a cell asks for.
+
+    Args:
+        cell: The cell.
+        module: What to train.
+        data: Its data.
+        memory: Budget of an extraction of an empirical NTK.
+
+    Returns:
+        What became of it, and the rows of its kernels during training.
+    """
     curve = OptimalEarlyStopping()
     during = EmpiricalNTKDynamics(log_spaced=cell.log_spaced, at=cell.kernels_at, memory=memory)
     callbacks: list[Callback] = [curve]
@@ -181,13 +195,23 @@ def _train(cell: Cell, module: LightningModule, data: ImageDataModule, memory: s
 
 
 def _fit_kernel(
-    cell: Cell, grams: GramAndCross, data: ImageDataModule, split: str, sizes: Sequence[int]
-) -> dict[int, KernelFit]:
+    cell: Cell,
+    model: str,
+    grams: GramAndCross,
+    data: ImageDataModule,
+    split: str,
+    sizes: Sequence[int],
+    **columns: float,
+) -> Rows:
     """Fit a kernel on the first samples of a set, for each size, by the steps that the cell's network takes."""
     sets = {name: getattr(data, f"{name}_set") for name in (split, "test", "val")}
     fitted, *others = (samples.to(_device()) for samples in sets.values() if samples is not None)
     evaluation = dict(zip(("test", "val"), others, strict=False))
-    return fit_nested(grams, fitted, evaluation, cell.optimizer, sizes)
+    problem = NestedProblem.compute(grams, fitted, evaluation, sizes[-1])
+    errors = [ModelErrors.of_fit(model, n, problem.sgd(n, cell.optimizer)) for n in sizes]
+    rows = [_row(cell, model, each, **columns) for each in errors]
+    rows[-1] |= predicted_columns(problem.gram, problem.targets)
+    return rows
 
 
 def _device() -> torch.device:
@@ -220,8 +244,15 @@ def _row(cell: Cell, model: str, errors: ModelErrors, **extra: float | None) -> 
 
 
 @contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
-    """Set torch's CPU threads for the body, None leaves them; restore the previous number."""
+def cpu_threads(threads: int | None) -> Iterator[None]:
+    """Set torch's CPU threads for the body.
+
+    Args:
+        threads: How many; None leaves them.
+
+    Yields:
+        Nothing; the previous number is set again at the end.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -231,8 +262,12 @@ def _threads(threads: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Silence Lightning's messages about devices and loaders, which would come once a cell."""
+def quiet_lightning() -> Iterator[None]:
+    """Silence Lightning's messages about devices and loaders, which would come once a cell.
+
+    Yields:
+        Nothing.
+    """
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
+import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, cast
 
+from rich.console import Console
+
 from ntk_lightning.kernels.empirical.memory_plan import parse_bytes
+from ntk_lightning.studies.build import LoadedData
 from ntk_lightning.studies.cell import Outcome, attempt
 from ntk_lightning.studies.cell_config import Cell
 
@@ -26,8 +31,10 @@ class Resources:
 
     Args:
         ray: Run the cells on Ray: "local", or the address of a cluster. None runs them here, one after another.
-        cpus: CPU threads of a cell; the last digits of results depend on it. By default all of this machine; on Ray
-            those of the smallest node, or with ``gpus`` so many that a node's GPUs are all used.
+        cpus: CPU threads of a cell; the last digits of results depend on it. By default those of this machine that
+            other processes leave free when the study starts, which says so: threads that wait for a core make networks
+            and empirical kernels many times slower. On Ray those of the smallest node, or with ``gpus`` so many that a
+            node's GPUs are all used.
         gpus: GPUs of a cell on Ray: a fraction, so that several cells share one, or a whole number.
         memory: Budget of an extraction of an empirical NTK, such as "4GB"; one that is too small fails the cell.
 
@@ -54,6 +61,47 @@ class Resources:
         parse_bytes(self.memory)
 
 
+def free_cpus(seconds: float = 0.2) -> int:
+    """Count the CPUs that this process may use and others leave free, and say so where they are fewer than all.
+
+    Args:
+        seconds: How long to watch, where the system tells what its CPUs do; else the load average counts.
+
+    Returns:
+        The number, at least 1.
+    """
+    known = hasattr(os, "sched_getaffinity")
+    cpus = sorted(os.sched_getaffinity(0)) if known else range(os.cpu_count() or 1)
+    before = _cpu_times()
+    if before:
+        time.sleep(seconds)
+        after = _cpu_times()
+        free = sum(_idle_share(before[cpu], after[cpu]) for cpu in cpus if cpu in before and cpu in after)
+    else:
+        free = len(cpus) - os.getloadavg()[0] if hasattr(os, "getloadavg") else len(cpus)
+    chosen = min(len(cpus), max(1, round(free)))
+    if chosen < len(cpus):
+        Console(soft_wrap=True, markup=False, emoji=False, highlight=False).print(
+            f"{len(cpus) - chosen} of {len(cpus)} CPUs are busy with other work: cells take {chosen} (--cpus "
+            f"{len(cpus)} takes all)"
+        )
+    return chosen
+
+
+def _cpu_times() -> dict[int, list[int]]:
+    """Linux's counters of each CPU; empty elsewhere."""
+    stat = Path("/proc/stat")
+    lines = stat.read_text().splitlines() if stat.is_file() else []
+    fields = (line.split() for line in lines if re.match(r"cpu\d", line))
+    return {int(name[3:]): [int(value) for value in values] for name, *values in fields}
+
+
+def _idle_share(before: Sequence[int], after: Sequence[int]) -> float:
+    """The share of a while in which a CPU had nothing to do (idle and waiting for a disk: counters 3 and 4)."""
+    spent = [b - a for a, b in zip(before, after, strict=True)]
+    return (spent[3] + spent[4]) / max(1, sum(spent[:8]))
+
+
 class Executor(NamedTuple):
     """How many cells run at once, and a function that runs cells and yields each with its outcome."""
 
@@ -61,35 +109,40 @@ class Executor(NamedTuple):
     run: Callable[[Iterable[Cell]], Iterator[tuple[Cell, Outcome]]]
 
 
-def in_process(folder: Path, resources: Resources, pools: Mapping[str, int]) -> Executor:
+def in_process(folder: Path, resources: Resources, loaded: LoadedData | None, pooled: Collection[str]) -> Executor:
     """Run cells here, one after another.
 
     Args:
         folder: Of the results.
         resources: Of a cell.
-        pools: By the key of a cell, the samples of the pool whose one Gram serves it.
+        loaded: What the study has seen of its data.
+        pooled: Keys of the cells that share one Gram of the whole pool.
 
     Returns:
         The executor.
     """
-    threads = resources.cpus or os.cpu_count() or 1
+    threads = resources.cpus or free_cpus()
 
     def run(cells: Iterable[Cell]) -> Iterator[tuple[Cell, Outcome]]:
         for cell in cells:
-            yield cell, attempt(cell, folder, pools.get(cell.key), threads, resources.memory, progress=True)
+            whole_pool = cell.key in pooled
+            yield cell, attempt(cell, folder, loaded, whole_pool, threads, resources.memory, progress=True)
 
     return Executor(1, run)
 
 
 @contextmanager
-def on_ray(address: str, folder: Path, resources: Resources, pools: Mapping[str, int]) -> Iterator[Executor]:
+def on_ray(
+    address: str, folder: Path, resources: Resources, loaded: LoadedData | None, pooled: Collection[str]
+) -> Iterator[Executor]:
     """Run cells as Ray tasks, as many at once as the cluster's nodes have room for.
 
     Args:
         address: Of a cluster, or "local".
         folder: Of the results, which all nodes must see.
         resources: Of a cell; without ``cpus`` it has the threads of :func:`default_threads`.
-        pools: By the key of a cell, the samples of the pool whose one Gram serves it.
+        loaded: What the study has seen of its data.
+        pooled: Keys of the cells that share one Gram of the whole pool.
 
     Yields:
         The executor.
@@ -129,7 +182,8 @@ def on_ray(address: str, folder: Path, resources: Resources, pools: Mapping[str,
         def run(cells: Iterable[Cell]) -> Iterator[tuple[Cell, Outcome]]:
             task = ray.remote(**options)(attempt)
             running = {
-                task.remote(cell, folder, pools.get(cell.key), threads, resources.memory, False): cell for cell in cells
+                task.remote(cell, folder, loaded, cell.key in pooled, threads, resources.memory, False): cell
+                for cell in cells
             }
             while running:
                 for done in ray.wait(list(running))[0]:

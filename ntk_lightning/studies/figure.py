@@ -13,6 +13,7 @@ from ntk_lightning.studies.schema import QUANTITIES, Quantity
 
 __all__ = ["StudyFigure", "study_figure", "study_figures"]
 
+_FEW_IMAGES = 25  # wrong ones, whose number is known to a fifth
 CURVES: dict[Quantity, str] = {"error": "curve_errors", "loss": "curve_losses"}
 
 
@@ -38,6 +39,12 @@ class StudyFigure:
     left_out: dict[str, list[str]]
     notes: dict[str, list[str]]
 
+    @property
+    def test_images(self) -> int | None:
+        """Test images behind each error, where the study's configuration tells their number."""
+        count = (self.study.config.data.get("init_args") or {}).get("n_test")
+        return count if self.quantity == "error" and isinstance(count, int) else None
+
 
 def study_figure(study: StudyResults, quantity: Quantity = "error") -> StudyFigure:
     """Compute what the figure of a study shows.
@@ -57,12 +64,34 @@ def study_figure(study: StudyResults, quantity: Quantity = "error") -> StudyFigu
     notes: dict[str, list[str]] = {}
     for label, note in [(exponent.label, note) for exponent in exponents for note in exponent.notes]:
         notes.setdefault(note, []).append(label)
-    if study.value == "optimal":
-        for line in shown:
-            late = _late_optimum(line, quantity)
-            if late:
-                notes.setdefault(late, []).append(line.label)
-    return StudyFigure(study, quantity, shown, exponents, departures, left_out, notes)
+    for exponent in exponents:
+        test, floor_test = exponent.comparison, exponent.floor_comparison
+        if test and floor_test and test.verdict != floor_test.verdict:
+            note = (
+                f"Its exponent and that of {exponents[0].label} are {test.verdict} as power laws (p = "
+                f"{test.corrected_p_value:.2g}), and {floor_test.verdict} with a floor fitted too (p = "
+                f"{floor_test.corrected_p_value:.2g})."
+            )
+            notes.setdefault(note, []).append(exponent.label)
+    figure = StudyFigure(study, quantity, shown, exponents, departures, left_out, notes)
+    for line in shown:
+        late = _late_optimum(line, quantity) if study.value == "optimal" else None
+        for about in filter(None, (late, _few_images(line, figure.test_images))):
+            notes.setdefault(about, []).append(line.label)
+    return figure
+
+
+def _few_images(line: Line, count: int | None) -> str | None:
+    """A note where a line's least error is that of a handful of test images."""
+    errors = [(float(line.at(x).mean()), x) for x in [*line.xs, None] if line.at(x).size]
+    error, x = min(errors, key=lambda pair: pair[0])
+    if count is None or error * count >= _FEW_IMAGES:
+        return None
+    wrong, at = error * count, "" if x is None else f" at {x}"
+    return (
+        f"Its least error{at} is {wrong:.3g} of {count} test images, with a binomial error of "
+        f"{100 / max(wrong, 1) ** 0.5:.0f}% of itself."
+    )
 
 
 def _late_optimum(line: Line, quantity: Quantity) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ntk_lightning.studies.figure import StudyFigure
+from ntk_lightning.studies.figure_text import interval_text, number_text
 from ntk_lightning.studies.results import StudyResults
 
 __all__ = ["figure_caption"]
@@ -38,6 +39,8 @@ def figure_caption(figure: StudyFigure) -> str:
     if figure.exponents:
         of = f"test {quantity} ∝ ${study.axis}^{{-β}}$"
         sentences.append(f"Dotted: fits of {of}, with 95% intervals (of the seeds; with one seed, of the residuals).")
+        sentences.append(_differences_sentence(figure))
+        sentences.append(_prediction_sentence(figure))
     if config.figure.published and quantity == "error":
         values = "; ".join(f"{name} {beta:g}" for name, beta in config.figure.published.items())
         sentences.append(f"Exponents that the paper (arXiv 2206.10012) prints of its own data and networks: {values}.")
@@ -98,18 +101,47 @@ def _spread_sentence(figure: StudyFigure) -> str:
     low, high = min(counts), max(counts)
     seeds = f"{low}" if low == high else f"{low} to {high}"
     bars = "; ".join(kind for kind, found in kinds.items() if found)
+    if figure.test_images:
+        bars += f", with the binomial error of {figure.test_images} test images added in squares"
     return f"Means over {seeds} seed{'s' * (high > 1)}; bars or bands: {bars}."
 
 
 def _test_images_sentence(figure: StudyFigure) -> str:
     """Say how many test images an error counts, where the study's configuration tells their number."""
-    count = (figure.study.config.data.get("init_args") or {}).get("n_test")
-    if figure.quantity != "error" or not isinstance(count, int):
+    count = figure.test_images
+    if count is None:
         return ""
     least = min(float(line.at(x).min()) for line in figure.lines for x in [*line.xs, None] if line.at(x).size)
     return (
-        f"All seeds share the {count} test images, whose choice no interval covers; the least error of a "
+        f"All seeds share the {count} test images, whose choice no exponent's interval covers; the least error of a "
         f"seed, {100 * least:.2g}%, is {round(least * count)} of them."
+    )
+
+
+def _differences_sentence(figure: StudyFigure) -> str:
+    """Name the differences of the exponents, with p-values corrected for their number."""
+    tested = [(e.label, e.comparison) for e in figure.exponents if e.comparison is not None]
+    if not tested:
+        return ""
+    texts = [
+        f"{label} {number_text(test.difference.difference, 3)} {interval_text(test.difference.interval)}, "
+        f"p = {test.corrected_p_value:.2g}"
+        for label, test in tested
+    ]
+    corrected = f", p-values corrected for {len(tested)} claims (Holm, 1979)" if len(tested) > 1 else ""
+    return f"Exponent of {figure.exponents[0].label} less that of: {'; '.join(texts)}{corrected}."
+
+
+def _prediction_sentence(figure: StudyFigure) -> str:
+    """Say what the thin lines are, and how far they are off."""
+    predicted = [(e.label, e.predicted) for e in figure.exponents if e.predicted is not None]
+    if not predicted:
+        return ""
+    offs = [f"{label} {100 * p.deviation:+.0f}% at {p.at}" for label, p in predicted if p.at is not None]
+    return (
+        "Thin: ridge regression at the best ridge, as predicted from the spectrum of each kernel and the labels (Simon "
+        "et al., 2021, arXiv 2110.03922), from the Gram of a line's largest $n$, or where the kernel is another at "
+        f"each $n$, of its own; furthest from the measured: {'; '.join(offs)}."
     )
 
 

@@ -21,7 +21,7 @@ from ntk_lightning.plotting import COLORS, clean_axes, time_axis
 from ntk_lightning.studies.figure import StudyFigure, study_figure, study_figures
 from ntk_lightning.studies.figure_captions import figure_caption
 from ntk_lightning.studies.figure_lines import Line
-from ntk_lightning.studies.figure_table import figure_table
+from ntk_lightning.studies.figure_table import comparison_table, figure_table
 from ntk_lightning.studies.figure_text import interval_text, number_text, plain_text, size_text
 from ntk_lightning.studies.results import StudyResults, read_results
 from ntk_lightning.studies.schema import DURING, MODELS, QUANTITIES, Quantity
@@ -116,7 +116,8 @@ def figures(results: str, output: str | None = None, format: Literal["png", "pdf
                 continue
             figure = drawn[quantity]
             if figure.exponents:
-                console.print(figure_table(figure))
+                for table in filter(None, (figure_table(figure), comparison_table(figure))):
+                    console.print(table)
             for departure in figure.departures:
                 text = f"{plain_text(study.title)}, test {quantity}: {plain_text(str(departure))}"
                 console.print(text, markup=False)
@@ -130,15 +131,17 @@ def figures(results: str, output: str | None = None, format: Literal["png", "pdf
 
 def _draw_lines(axes: Axes, figure: StudyFigure) -> None:
     """Draw error against n, m or width, with its power law where it has one."""
-    fits = {exponent.label: exponent.fitted.fit for exponent in figure.exponents}
+    exponents = {exponent.label: exponent for exponent in figure.exponents}
+    predicted = "predicted from the spectrum"  # named once in the legend
     for line, color, marker in zip(figure.lines, _colors(figure.lines), cycle(MARKERS), strict=False):
-        fit, label = fits.get(line.label), line.label
+        exponent, label = exponents.get(line.label), line.label
+        fit, prediction = (exponent.fitted.fit, exponent.predicted) if exponent else (None, None)
         if fit:
             label += f": β = {number_text(fit.beta, 3)} {interval_text(fit.beta_interval)}"
             ends = np.array([fit.n.min(), fit.n.max()])
             axes.plot(ends, fit.predict(ends), ":", color=color, linewidth=1.6)
         if line.xs:
-            mean, below, above = _spread([line.at(x) for x in line.xs])
+            mean, below, above = _spread([line.at(x) for x in line.xs], figure.test_images)
             axes.errorbar(
                 line.xs,
                 mean,
@@ -152,7 +155,12 @@ def _draw_lines(axes: Axes, figure: StudyFigure) -> None:
                 label=label,
             )
         else:
-            _horizontal(axes, line, color)
+            _horizontal(axes, line, color, figure.test_images)
+        if prediction is not None and line.xs:
+            shown = prediction.sizes >= line.xs[0]
+            style: dict[str, Any] = {"color": color, "linewidth": 0.7, "zorder": 1}
+            axes.plot(prediction.sizes[shown], prediction.values[shown], "-", label=predicted, **style)
+            predicted = "_"  # a label that no legend shows
 
 
 def _draw_time(axes: Axes, figure: StudyFigure) -> None:
@@ -161,7 +169,7 @@ def _draw_time(axes: Axes, figure: StudyFigure) -> None:
     for line, color in zip(figure.lines, _colors(figure.lines), strict=True):
         if not line.xs:
             stop = ", last step" if figure.study.value == "last" else ", optimal early stopping"
-            _horizontal(axes, line, color, stop)
+            _horizontal(axes, line, color, figure.test_images, stop)
     departures = figure.departures
     inks = _shades(MODEL_COLORS["network"], len(departures)), _shades(MODEL_COLORS[DURING], len(departures))
     for departure, *colors in zip(departures, *inks, strict=True):
@@ -170,7 +178,7 @@ def _draw_time(axes: Axes, figure: StudyFigure) -> None:
         labels = departure.network.label, kernel.label + fitted
         for line, label, color, marker in zip((departure.network, kernel), labels, colors, "os", strict=True):
             if line.xs:
-                mean, below, above = _spread([line.at(x) for x in line.xs])
+                mean, below, above = _spread([line.at(x) for x in line.xs], figure.test_images)
                 axes.plot(line.xs, mean, marker + "-", color=color, markersize=4, linewidth=1.8, label=label)
                 axes.fill_between(line.xs, below, above, color=color, alpha=0.18, linewidth=0)
         initial = departure.initial
@@ -185,17 +193,19 @@ def _draw_time(axes: Axes, figure: StudyFigure) -> None:
         axes.annotate(f"they part after t = {step}", (step, 0.98), rotation=90, ha="right", va="top", fontsize=8, **at)
 
 
-def _horizontal(axes: Axes, line: Line, color: str, suffix: str = "") -> None:
+def _horizontal(axes: Axes, line: Line, color: str, images: int | None, suffix: str = "") -> None:
     """Draw a model that has no x as a line across, with a band."""
-    mean, below, above = _spread([line.at(None)])
+    mean, below, above = _spread([line.at(None)], images)
     axes.axhline(mean[0], color=color, linestyle="--", linewidth=1.4, label=line.label + suffix)
     axes.axhspan(below[0], above[0], color=color, alpha=0.15, linewidth=0)
 
 
-def _spread(values: Sequence[NDArray[np.float64]]) -> tuple[NDArray[np.float64], ...]:
+def _spread(values: Sequence[NDArray[np.float64]], images: int | None) -> tuple[NDArray[np.float64], ...]:
     """Mean over seeds with the ends of its bar: the standard error, the range of two seeds, nothing for one."""
     mean = np.array([v.mean() for v in values])
     error = np.array([v.std(ddof=1) / len(v) ** 0.5 if len(v) > 2 else np.ptp(v) / 2 for v in values])
+    if images is not None:  # errors on so many test images, which all seeds share
+        error = np.hypot(error, np.sqrt(mean * (1 - mean) / images))
     return mean, mean - error, mean + error
 
 

@@ -7,13 +7,23 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from ntk_lightning.scaling.power_law import PowerLawFit, compare_exponents, fit_power_law
+import numpy as np
+
+from ntk_lightning.scaling.multiple_tests import holm
+from ntk_lightning.scaling.power_law import ExponentDifference, PowerLawFit, compare_exponents, fit_power_law
 from ntk_lightning.studies.figure_lines import Line, study_lines
+from ntk_lightning.studies.figure_predictions import Prediction, predict_line
 from ntk_lightning.studies.results import StudyResults
 from ntk_lightning.studies.schema import Quantity
 
-__all__ = ["Exponent", "FittedSeries", "compare_lines", "fit_lines", "fit_series"]
+__all__ = ["Comparison", "Exponent", "FittedSeries", "compare_lines", "fit_lines", "fit_series"]
+
+_LEVEL = 0.05  # of significance
+_LEAST_WITH_FLOOR = 4  # sizes, of a law with three parameters
+_CURVED, _PERHAPS_CURVED = 0.01, 0.1  # p-values: below the first the fit itself warns
+_BENT = 1.5  # ratio of the exponents at both ends that is worth a note
 
 
 @dataclass(frozen=True)
@@ -25,12 +35,34 @@ class FittedSeries:
         fit: Its power law; None where there is none to fit.
         seeds: Seeds behind the fit.
         notes: What a reader must know of the fit, one sentence each.
+        with_floor: The law with an offset on the same sizes; None where there are fewer than 4.
     """
 
     series: Line
     fit: PowerLawFit | None
     seeds: tuple[int, ...]
     notes: list[str]
+    with_floor: PowerLawFit | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The difference of two exponents, tested.
+
+    Args:
+        difference: Of the first line's exponent and this one's, with interval and p-value.
+        paired: Whether the test paired the seeds, which both lines share.
+        corrected_p_value: Corrected for the number of comparisons in the figure (Holm, 1979).
+    """
+
+    difference: ExponentDifference
+    paired: bool
+    corrected_p_value: float
+
+    @property
+    def verdict(self) -> str:
+        """What the corrected p-value says at the level of 5%."""
+        return "different" if self.corrected_p_value < _LEVEL else "not told apart"
 
 
 @dataclass(frozen=True)
@@ -40,16 +72,28 @@ class Exponent:
     Args:
         fitted: The line and its power law.
         published: The source paper's exponent of it, of test errors only; None where there is none.
-        p_value: Of the hypothesis that it is that of the first line; None where that was not tested.
-        paired: Whether the test paired the seeds, which both lines share.
+        comparison: With the first line's; None where that was not tested.
+        floor_comparison: The same of laws with a floor.
+        predicted: The curve that its kernel's spectrum predicts; None where the line is of no kernel, or has none.
         notes: What a reader must know of it, one sentence each.
     """
 
     fitted: FittedSeries
     published: float | None
-    p_value: float | None
-    paired: bool
+    comparison: Comparison | None
+    floor_comparison: Comparison | None
+    predicted: Prediction | None
     notes: list[str]
+
+    @property
+    def p_value(self) -> float | None:
+        """Of the hypothesis that it is that of the first line; None where that was not tested."""
+        return None if self.comparison is None else self.comparison.difference.p_value
+
+    @property
+    def paired(self) -> bool:
+        """Whether the test paired the seeds, which both lines share."""
+        return self.comparison is not None and self.comparison.paired
 
     @property
     def label(self) -> str:
@@ -99,15 +143,39 @@ def compare_lines(results: StudyResults, fits: Sequence[FittedSeries], quantity:
     """
     published = results.config.figure.published if quantity == "error" else {}
     arms = Counter(fitted.series.arm for fitted in fits)
+    chance = _chance(results, quantity)
+    tests, floor_tests = (
+        [_compare(fits[0], fitted, chance, floor) if number else _Test() for number, fitted in enumerate(fits)]
+        for floor in (False, True)
+    )
     exponents = []
-    for fitted in fits:
-        p_value, paired, notes = None, False, list[str]()
-        if fitted is not fits[0]:
-            p_value, paired, notes = _compare(fits[0], fitted, _chance(results, quantity))
+    for fitted, test, comparison, floor_comparison in zip(
+        fits, tests, _corrected(tests), _corrected(floor_tests), strict=True
+    ):
         arm, label = fitted.series.arm, fitted.series.label
         of_arm = published.get(arm) if arms[arm] == 1 else None
-        exponents.append(Exponent(fitted, published.get(label, of_arm), p_value, paired, fitted.notes + notes))
+        of_paper = published.get(label, of_arm)
+        shown = results.axis == "n" and results.value == "optimal"  # the prediction is that of the best ridge
+        predicted = predict_line(fitted.series, quantity) if shown else None
+        exponents.append(Exponent(fitted, of_paper, comparison, floor_comparison, predicted, fitted.notes + test.notes))
     return exponents
+
+
+class _Test(NamedTuple):
+    """A difference of exponents, if there is one to test, whether seeds were paired, and what must be said of it."""
+
+    difference: ExponentDifference | None = None
+    paired: bool = False
+    notes: list[str] = []  # noqa: RUF012 - never changed
+
+
+def _corrected(tests: Sequence[_Test]) -> list[Comparison | None]:
+    """Correct the p-values of a figure's tests for their number."""
+    p_values = holm([None if test.difference is None else test.difference.p_value for test in tests])
+    return [
+        None if test.difference is None or p_value is None else Comparison(test.difference, test.paired, p_value)
+        for test, p_value in zip(tests, p_values, strict=True)
+    ]
 
 
 def _chance(results: StudyResults, quantity: Quantity) -> float | None:
@@ -115,22 +183,22 @@ def _chance(results: StudyResults, quantity: Quantity) -> float | None:
     return results.config.figure.chance if quantity == "error" else None
 
 
-def _compare(first: FittedSeries, other: FittedSeries, chance: float | None) -> tuple[float | None, bool, list[str]]:
-    """Test whether two lines have one exponent, on the sizes that both have: p-value, whether paired, notes."""
-    a, b = first.fit, other.fit
+def _compare(first: FittedSeries, other: FittedSeries, chance: float | None, floor: bool) -> _Test:
+    """Test whether two lines have one exponent, on the sizes that both have."""
+    a, b = (fitted.with_floor if floor else fitted.fit for fitted in (first, other))
     if a is None or b is None:
-        return None, False, []
+        return _Test()
     notes, label = list[str](), first.series.label
     if [*a.n] != [*b.n]:
         common = [int(n) for n in a.n if n in b.n]
-        if len(common) < 2:
-            return None, False, [f"No p-value: fewer than 2 of its sizes are those of {label}."]
+        if len(common) < (_LEAST_WITH_FLOOR if floor else 2):
+            return _Test(notes=[f"No p-value: fewer than 2 of its sizes are those of {label}."])
         notes.append(f"The p-value compares it with {label} on the {len(common)} sizes that both have.")
-        a, b = (_power_law(fit.series, fit.seeds, common, chance)[0] for fit in (first, other))
+        a, b = (_power_law(fitted.series, fitted.seeds, common, chance, floor)[0] for fitted in (first, other))
     if a is None or b is None or not math.isfinite(a.standard_error) or not math.isfinite(b.standard_error):
-        return None, False, []  # one seed and two sizes leave nothing to test with
+        return _Test()  # one seed and as many parameters as sizes leave nothing to test with
     paired = other.seeds == first.seeds and len(other.seeds) > 1
-    return compare_exponents(a, b, paired=paired).p_value, paired, notes
+    return _Test(compare_exponents(a, b, paired=paired), paired, notes)
 
 
 def _fit(line: Line, chance: float | None) -> FittedSeries:
@@ -148,18 +216,35 @@ def _fit(line: Line, chance: float | None) -> FittedSeries:
     if len(xs) < 2:
         return FittedSeries(line, None, tuple(full), [*notes, "No power law: it needs 2 or more sizes."])
     fit, more = _power_law(line, full, xs, chance)
-    return FittedSeries(line, fit, tuple(full), notes + more)
+    floor = _power_law(line, full, xs, chance, True)[0] if fit and len(fit.n) >= _LEAST_WITH_FLOOR else None
+    return FittedSeries(line, fit, tuple(full), [*notes, *more, *_bend(fit)], floor)
+
+
+def _bend(fit: PowerLawFit | None) -> list[str]:
+    """Say where a law bends that the test of curvature lets pass: a parabola's exponents at both ends."""
+    if fit is None or len(fit.n) < 4 or not _CURVED <= fit.curvature_p_value < _PERHAPS_CURVED:
+        return []
+    x = np.log(fit.n)
+    square, slope, _ = np.polyfit(x, np.log(fit.mean_errors), 2)
+    first, last = -(slope + 2 * square * x[0]), -(slope + 2 * square * x[-1])
+    if min(first, last) > 0 and max(first, last) < _BENT * min(first, last):
+        return []
+    return [
+        f"The errors may bend in log-log (p = {fit.curvature_p_value:.1g}): a parabola through the means has the "
+        f"exponent {first:.2f} at {fit.n[0]:g} and {last:.2f} at {fit.n[-1]:g}, so that the fitted one depends on the "
+        "sizes."
+    ]
 
 
 def _power_law(
-    line: Line, seeds: Sequence[int], xs: Sequence[int], chance: float | None
+    line: Line, seeds: Sequence[int], xs: Sequence[int], chance: float | None, floor: bool = False
 ) -> tuple[PowerLawFit | None, list[str]]:
     """Fit some seeds and sizes of a line; what the fit warns about, or why there is none, becomes notes."""
     table = [[line.values[seed][x] for x in xs] for seed in seeds]  # (seeds, sizes)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            fit = fit_power_law(xs, table, chance=chance)
+            fit = fit_power_law(xs, table, chance=chance, offset=floor)
         except ValueError as error:
             return None, [str(error), *(str(warning.message) for warning in caught)]
     return fit, [str(warning.message) for warning in caught]

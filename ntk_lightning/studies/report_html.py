@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ntk_lightning.studies.figure import StudyFigure
 from ntk_lightning.studies.figure_captions import figure_caption
 from ntk_lightning.studies.figure_draw import draw_figure
-from ntk_lightning.studies.figure_table import HEADER, exponent_cells
+from ntk_lightning.studies.figure_table import exponent_cells, filled_columns
 from ntk_lightning.studies.figure_text import html_text, plain_text
 from ntk_lightning.studies.results import StudyResults
 from ntk_lightning.studies.schema import QUANTITIES
@@ -156,9 +156,10 @@ def _section(study: StudyResults, figures: Sequence[StudyFigure]) -> str:
         if quantity not in {figure.quantity for figure in figures}:
             parts.append(f'<p class="note">There is no finite test {quantity}, so no picture of it.</p>')
     for figure in figures:
-        cells = [[html_text(e.label), *map(escape, exponent_cells(e)[1:])] for e in figure.exponents]
+        header, rows = filled_columns([exponent_cells(exponent) for exponent in figure.exponents])
+        cells = [[html_text(e.label), *map(escape, row[1:])] for e, row in zip(figure.exponents, rows, strict=True)]
         if cells:
-            parts.append(_table(f"Exponents of the test {figure.quantity}", HEADER, cells))
+            parts.append(_table(f"Exponents of the test {figure.quantity}", header, cells))
     hyperparameters = [list(map(escape, row)) for row in settings(study)]
     parts.append(_table("Hyperparameters of these runs", SETTINGS, hyperparameters))
     config = escape(json.dumps(asdict(study.config), indent=2, ensure_ascii=False))

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ntk_lightning.studies.figure import StudyFigure, study_figures
 from ntk_lightning.studies.figure_captions import figure_caption
-from ntk_lightning.studies.figure_table import HEADER, exponent_cells
+from ntk_lightning.studies.figure_table import exponent_cells, filled_columns
 from ntk_lightning.studies.figure_text import plain_text
 from ntk_lightning.studies.report_html import TITLE, Section, html_page, picture, provenance
 from ntk_lightning.studies.results import read_results
@@ -128,9 +128,9 @@ def _build(wr: ModuleType, sections: list[Section], project: str, entity: str, f
 def _markdown(figure: StudyFigure) -> list[str]:
     """Caption and exponents of a figure in Markdown."""
     texts = [f"**Test {figure.quantity}.** {_escaped(figure_caption(figure))}"]
-    rows = [list(map(_escaped, exponent_cells(exponent))) for exponent in figure.exponents]
+    header, rows = filled_columns([exponent_cells(exponent) for exponent in figure.exponents])
     if rows:
-        lines = [HEADER, ["---"] * len(HEADER), *rows]
+        lines = [header, ["---"] * len(header), *(list(map(_escaped, row)) for row in rows)]
         texts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
     return texts
 

@@ -36,7 +36,12 @@ MODELS: tuple[str, ...] = (*get_args(Model), *get_args(Kernel))
 TRAINED = ("network", "order 2", "order 3")
 WIDTH_FREE = ("infinite", "nngp")
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
-LATER = ("critical_lr",)  # columns that tables of earlier versions lack
+LATER = (
+    "critical_lr",
+    "predicted_sizes",
+    "predicted_errors",
+    "predicted_losses",
+)  # columns that tables of earlier versions lack
 
 COLUMNS = pa.schema(
     [
@@ -52,6 +57,8 @@ COLUMNS = pa.schema(
         *((name, pa.float64()) for name in ("network_error", "network_loss", "initial_error", "initial_loss")),
         ("curve_steps", pa.list_(pa.int64())),
         *((name, pa.list_(pa.float64())) for name in ("curve_errors", "curve_losses")),
+        ("predicted_sizes", pa.list_(pa.int64())),
+        *((name, pa.list_(pa.float64())) for name in ("predicted_errors", "predicted_losses")),
         ("seconds", pa.float64()),
         *((name, pa.string()) for name in ("config", "git_revision", "version")),
     ]

@@ -16,19 +16,21 @@ from rich.console import Console
 
 from ntk_lightning.atomic_files import writing
 from ntk_lightning.studies.build import check_study, set_up_data
+from ntk_lightning.studies.cell import cpu_threads, quiet_lightning
 from ntk_lightning.studies.cell_config import KEY_LENGTH, Cell
 from ntk_lightning.studies.config import StudyConfig
 from ntk_lightning.studies.config_yaml import read_config
 from ntk_lightning.studies.critical import print_critical_rates, tell_above_critical
-from ntk_lightning.studies.executors import Resources, in_process, on_ray
+from ntk_lightning.studies.executors import Resources, free_cpus, in_process, on_ray
 from ntk_lightning.studies.files import ADVICE, Rows, read_cell, read_digest, write_cell, write_table
 from ntk_lightning.studies.first_epochs import after_first_epochs
+from ntk_lightning.studies.plan import Plan, plan_cells, print_plan, write_plan
 from ntk_lightning.studies.progress import study_progress
 from ntk_lightning.studies.schema import COLUMNS
 from ntk_lightning.studies.shared_gram import cells_of_pools
 from ntk_lightning.studies.wandb_runs import log_rows
 
-__all__ = ["StudyError", "run_study", "study"]
+__all__ = ["StudyError", "plan_study", "run_study", "study"]
 
 
 class StudyError(RuntimeError):
@@ -42,6 +44,7 @@ def study(
     wandb: str | None = None,
     resources: Resources | None = None,
     critical: Sequence[int] | None = None,
+    plan: bool = False,
 ) -> Path | None:
     """Run a study: a grid of training runs and kernel fits, resumed cell by cell when run again.
 
@@ -52,6 +55,7 @@ def study(
             folder share their cells and Grams.
         wandb: W&B project to log the study's rows to; by default none.
         resources: Where its cells run, and what each may use; by default one after another, with all CPUs.
+        plan: Only print what its cells will cost, measured on small ones.
         critical: Only print the critical learning rates of its kernels on these seeds, and run no cell.
 
     Returns:
@@ -66,10 +70,47 @@ def study(
         print_critical_rates(chosen, critical, resources.memory)
         return None
     folder = Path(output or f"runs/studies/{chosen.scale or chosen.name}")
+    if plan:
+        plan_study(chosen, folder, resources)
+        return None
     path = run_study(chosen, folder, wandb_project=wandb, **vars(resources))
     text = f"Results: {path}. Draw them: python -m ntk_lightning figures {folder}"
     Console().print(text, soft_wrap=True, markup=False, emoji=False)
     return path
+
+
+def plan_study(config: StudyConfig, folder: Path, resources: Resources | None = None) -> Plan:
+    """Estimate and print what the cells of a study will cost that have no result yet; measuring takes seconds.
+
+    What it finds is also kept in ``plans/<name>.json``, beside which the time of the cells can be held.
+
+    Args:
+        config: The study.
+        folder: Where results lie.
+        resources: What a cell may use. Ray is not asked: the time is that of one cell after another on this machine.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: The configuration is wrong, or a cell would not fit in memory.
+    """
+    resources = resources or Resources()
+    arms = config.cells()
+    check_study(config, arms)
+    cells = {cell.key: cell for group in arms.values() for cell in group}
+    rows = {key: read_cell(folder / "cells" / f"{key}.parquet") for key in cells}
+    finished = [(cells[key], found) for key, found in rows.items() if found is not None]
+    pending = [cell for key, cell in cells.items() if rows[key] is None]
+    loaded = set_up_data([*cells.values()])
+    assert loaded is not None, "not finished"
+    threads = resources.cpus or free_cpus()
+    with quiet_lightning(), cpu_threads(threads):
+        pooled = cells_of_pools(pending, loaded, folder.resolve() / "grams")
+        plan = plan_cells(pending, finished, loaded, pooled, folder.resolve(), resources.memory)
+    write_plan(folder / "plans" / f"{config.name}.json", plan)
+    print_plan(config.name, plan, len(finished), threads)
+    return plan
 
 
 def run_study(
@@ -119,7 +160,7 @@ def run_study(
     finished = {key: rows for key, file in files.items() if (rows := read_cell(file)) is not None}
     earlier = [(cells[key], _seconds(rows)) for key, rows in finished.items()]
     pending = [cell for key, cell in cells.items() if key not in finished]
-    failures, pools = dict[str, str](), dict[str, int]()
+    failures, pooled = dict[str, str](), frozenset[str]()
     origin = {"git_revision": _git_revision(), "version": version("ntk_lightning")}
     try:
         data = set_up_data([*cells.values()], finished=not pending)
@@ -130,8 +171,8 @@ def run_study(
         if config.below_critical and pending:
             tell_above_critical(config, memory)
         if data is not None:
-            pools = cells_of_pools(pending, data.pool, folder.resolve() / "grams")
-        where = folder.resolve(), resources, pools
+            pooled = cells_of_pools(pending, data, folder.resolve() / "grams")
+        where = folder.resolve(), resources, data, pooled
         made = nullcontext(in_process(*where)) if ray is None else on_ray(ray, *where)
         shown = partial(study_progress, config.name, pending, earlier, len(cells))
         with made as executor, shown(executor.slots) as progress:

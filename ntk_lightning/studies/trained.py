@@ -17,10 +17,11 @@ from ntk_lightning.atomic_files import atomic_write, writing
 from ntk_lightning.callbacks import ModelErrors
 from ntk_lightning.datamodules.base import ImageDataModule
 from ntk_lightning.kernels.grams.kernel_key import digest
-from ntk_lightning.studies.cell_config import Cell
+from ntk_lightning.studies.build import LoadedData
+from ntk_lightning.studies.cell_config import KEY_LENGTH, Cell
 from ntk_lightning.studies.files import ADVICE
 
-__all__ = ["Trained", "read_trained", "trained_path", "write_trained"]
+__all__ = ["Trained", "read_trained", "trained_path", "training", "write_trained"]
 
 _MOST_BYTES = 2**28  # of a network that is kept: a wider one is trained again, rather than fill the disk
 
@@ -60,25 +61,36 @@ class Trained:
         return ModelErrors(**self.errors)
 
 
-def trained_path(folder: Path, cell: Cell, data: ImageDataModule) -> Path:
+def training(cell: Cell) -> Cell:
+    """Reduce a cell to the training of its network, which the kernels that it extracts do not change.
+
+    Args:
+        cell: A cell that trains a network.
+
+    Returns:
+        A cell that cells with the same training share.
+    """
+    arguments = {k: value for k, value in cell.data.get("init_args", {}).items() if k != "fresh"}
+    data = {**cell.data, "init_args": arguments}
+    return replace(cell, after=(), after_fresh=(), kernels_at=None, log_spaced=None, data=data)
+
+
+def trained_path(folder: Path, cell: Cell, data: ImageDataModule, loaded: LoadedData | None = None) -> Path:
     """Name the file of a cell's trained network, by all that its training depends on.
 
     Args:
         folder: Of the results.
         cell: A cell that trains a network.
-        data: Its data, set up; the content of the training and test sets is part of the name.
+        data: Its data, set up.
+        loaded: What the study has seen of its data, which is part of the name; None takes the sets themselves.
 
     Returns:
         The file, which need not be there.
     """
-    arguments = {k: value for k, value in cell.data.get("init_args", {}).items() if k != "fresh"}
-    alone = replace(
-        cell, after=(), after_fresh=(), kernels_at=None, log_spaced=None, data={**cell.data, "init_args": arguments}
-    )
-    sets = [
-        digest(tensor) for samples in (data.train_set, data.test_set) if samples for tensor in (samples.x, samples.y)
-    ]
-    return folder / "networks" / f"{hashlib.sha256(json.dumps([alone.key, sets]).encode()).hexdigest()[:24]}.pt"
+    sets = (data.train_set, data.test_set)
+    content = [loaded.digest] if loaded else [digest(tensor) for each in sets if each for tensor in (each.x, each.y)]
+    name = hashlib.sha256(json.dumps([training(cell).key, content]).encode()).hexdigest()[:KEY_LENGTH]
+    return folder / "networks" / f"{name}.pt"
 
 
 def read_trained(path: Path) -> Trained | None:

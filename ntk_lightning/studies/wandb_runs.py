@@ -50,7 +50,9 @@ def _identifier(row: dict[str, Any]) -> str:
 
 
 def _log_row(row: dict[str, Any], project: str, identifier: str, folder: Path) -> None:
-    config = {name: value for name, value in row.items() if not name.startswith("curve_") and name != "config"}
+    config = {
+        name: value for name, value in row.items() if not name.startswith(("curve_", "predicted_")) and name != "config"
+    }
     known = {"n": row["n"], "m": row["m"], "t": row["t"], "width": row["width"], "lr": row["lr"], "seed": row["seed"]}
     varied = (f"{name} {value:g}" for name, value in known.items() if value is not None)
     name = ", ".join([row["arm"], *([row["model"]] if row["model"] != row["arm"] else []), *varied])

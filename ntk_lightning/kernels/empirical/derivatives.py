@@ -60,25 +60,29 @@ def _values(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def jvp_by_reverse(f: Callable[[Weights], Tensor], weights: Weights, direction: Weights, like: Tensor) -> Tensor:
-    """Multiply the Jacobian of f at some weights with a direction, J d, by reverse mode alone.
+def jvp_by_reverse(f: Callable[[Weights], Tensor], weights: Weights, like: Tensor) -> Callable[[Weights], Tensor]:
+    """Linearize f at some weights by reverse mode alone.
 
     Args:
         f: A function of weights that torch.func can transform.
-        weights: Where J is taken.
-        direction: d, of the weights' shapes.
+        weights: Where the Jacobian J is taken.
         like: A tensor of the shape and dtype of f's values.
 
     Returns:
-        J d, of the shape of f's values.
+        The function that multiplies J with a direction d of the weights' shapes; J d has the shape of f's values.
     """
 
     def transposed(u: Tensor) -> Weights:  # u -> J^T u
         pulled: Weights = vjp(f, weights)[1](u)[0]
         return pulled
 
-    product: Tensor = vjp(transposed, torch.zeros_like(like))[1](direction)[0]
-    return product
+    pull = vjp(transposed, torch.zeros_like(like))[1]
+
+    def push(direction: Weights) -> Tensor:
+        product: Tensor = pull(direction)[0]
+        return product
+
+    return push
 
 
 def dot(a: Weights, b: Weights) -> Tensor:

@@ -20,10 +20,11 @@ from ntk_lightning.kernels.empirical.derivatives import differentiable_attention
 from ntk_lightning.kernels.empirical.inputs import Inputs
 from ntk_lightning.kernels.empirical.memory_plan import SLICE_COLUMNS, chunk_size, divide, parse_bytes
 from ntk_lightning.kernels.empirical.network_function import NetworkFunction
-from ntk_lightning.kernels.empirical.network_state import Weights, copy_network, preserved
+from ntk_lightning.kernels.empirical.network_state import copy_network, preserved
+from ntk_lightning.kernels.empirical.products import multiply
 from ntk_lightning.kernels.empirical.rows import Rows
 from ntk_lightning.kernels.empirical.sample_independence import check_modes
-from ntk_lightning.kernels.empirical.trial import choose_products, choose_rows
+from ntk_lightning.kernels.empirical.trial import choose_rows
 from ntk_lightning.kernels.grams.distributed import distributed_cross, distributed_gram, swap
 from ntk_lightning.precision import at_least_float32, own_precision
 from ntk_lightning.progress import progress_bar
@@ -240,8 +241,10 @@ class EmpiricalNTK(nn.Module):
     def matvec(self, x: Arguments, v: Tensor, x2: Arguments | None = None) -> Tensor:
         """Multiply the kernel with vectors without forming it: K(x2, x) v = J(x2) (J(x)^T v), without gradient rows.
 
-        J(x)^T v is a vector-Jacobian product. J(x2) d is a Jacobian-vector product in forward mode where that gives
-        the derivative of reverse mode, else two passes of reverse mode.
+        All k vectors go together. Chains (``nn.Sequential``, ``Residual``) of the package's and PyTorch's usual layers
+        take one forward and one backward pass for both factors. Of other networks J(x)^T v is a vector-Jacobian
+        product, and J(x2) d a Jacobian-vector product in forward mode where that gives the derivative of reverse mode,
+        else two passes of reverse mode.
 
         Args:
             x: Inputs (n, ...).
@@ -263,22 +266,7 @@ class EmpiricalNTK(nn.Module):
                     f"v must be {f'(n, {outputs})' if self.full else '(n,) or (n, k)'} with n = {len(inputs[0])}, "
                     f"got {tuple(v.shape)}."
                 )
-            left, right = choose_products(rows, inputs), choose_products(rows.partner, inputs)
-            x, x2 = inputs[0], inputs[-1]
-            chunk, v = chunk_size(self.memory, rows, x)[0], v.to(rows.cotangents)
-            # K v sums over samples j and outputs b: sum_jb <grad f_a(x_i), grad f_b(x_j)> v_jb. With ``full`` the
-            # cotangents of J^T are v itself, all outputs at once. The normalized trace pairs equal outputs only,
-            # a = b: one product for every cotangent c, which already holds the factor 1 / sqrt(C).
-            columns = [v] if self.full else v.reshape(len(x), -1).T
-            products = []
-            for column in columns:
-                product = v.new_zeros(len(x2), *([len(rows.cotangents)] if self.full else []))
-                pairs = [(None, None)] if self.full else zip(left.cotangents, right.cotangents, strict=True)
-                for c, c2 in pairs:
-                    direction = _vjp(right, x, column if c2 is None else column[:, None] * c2, chunk)
-                    product += torch.cat([left.jvp(part, direction, c) for part in x2.split(chunk)])
-                products.append(product)
-            product = products[0] if self.full or v.dim() == 1 else torch.stack(products, 1)
+            product = multiply(rows, inputs, v.to(rows.cotangents), self.memory)
         check_finite(product, f"check v; {_DIVERGED}", "product's entry", sides=1)
         return product
 
@@ -474,13 +462,3 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 def _same_rows(a: Tensor, b: Tensor) -> Tensor:
     """Multiply every row of a (n, C, p) with the same row of b (n, C', p), (n, C, C')."""
     return a @ b.mT
-
-
-def _vjp(rows: Rows, x: Inputs, cotangent: Tensor, chunk: int) -> Weights:
-    """J(x)^T applied to cotangents (n, C) of the outputs, a chunk of samples at a time."""
-    chunks = zip(x.split(chunk), cotangent.split(chunk), strict=True)
-    total = rows.vjp(*next(chunks))
-    for part, u in chunks:
-        for name, gradient in rows.vjp(part, u).items():
-            total[name] += gradient
-    return total

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ntk_lightning.kernels.empirical.derivatives import jvp_by_reverse
 from ntk_lightning.kernels.empirical.inputs import Inputs
@@ -97,23 +98,24 @@ class GradientRows(Rows):
                     out[:, columns][:, -1] = layer.bias
                 out[:, g] = cotangents[name].flatten(1)
 
-    def vjp(self, x: Inputs, cotangent: Tensor) -> Weights:
-        """J(x)^T u for cotangents u (n, C) of all outputs, summed over the samples."""
-        pulled: Weights = vjp(lambda weights: self._predict(weights, x), self.trainable)[1](cotangent)[0]
+    def vjp(self, x: Inputs, cotangents: Tensor) -> Weights:
+        """J(x)^T u for cotangents u (k, n, C) of all outputs, summed over the samples: (k, ...)."""
+        pull = vjp(lambda weights: self._predict(weights, x), self.trainable)[1]
+        pulled: Weights = _each(lambda u: pull(u)[0], cotangents)
         return pulled
 
-    def jvp(self, x: Inputs, direction: Weights, cotangent: Tensor | None) -> Tensor:
-        """J(x) d for a direction d of the weights, (n, C); or its inner products with a cotangent (C,), (n,)."""
+    def jvp(self, x: Inputs, directions: Weights, cotangent: Tensor | None) -> Tensor:
+        """J(x) d for directions d (k, ...), (k, n, C); or their inner products with a cotangent (C,), (k, n)."""
 
         def f(weights: Weights) -> Tensor:
             return self._predict(weights, x)
 
         if self.forward_mode:
             with torch.enable_grad():  # else torch.no_grad() of the network could not be told from that of the kernel
-                product: Tensor = jvp(f, (self.trainable,), (direction,))[1]
+                product: Tensor = _each(lambda d: jvp(f, (self.trainable,), (d,))[1], directions)
         else:
-            like = self.cotangents.new_empty(len(x), self.num_outputs)
-            product = jvp_by_reverse(f, self.trainable, direction, like)
+            push = jvp_by_reverse(f, self.trainable, self.cotangents.new_empty(len(x), self.num_outputs))
+            product = _each(push, directions)
         return product if cotangent is None else product @ cotangent
 
     def _predict(self, weights: Weights, x: Inputs) -> Tensor:
@@ -174,6 +176,14 @@ class GradientRows(Rows):
         results = [self._vmap(f, x[group]) for group in groups]
         order = torch.cat(groups).argsort()
         return [torch.cat(pieces)[order] for pieces in zip(*results, strict=True)]
+
+
+def _each(f: Callable[[Any], Any], vectors: Any) -> Any:  # noqa: ANN401 - a tensor, or weights
+    """Apply a function to k vectors at once; to a single one without vmap, which not every operation goes through."""
+    if len(tree_leaves(vectors)[0]) == 1:
+        return tree_map(lambda t: t[None], f(tree_map(lambda t: t[0], vectors)))
+    with _without_advice():
+        return vmap(f)(vectors)
 
 
 @contextmanager

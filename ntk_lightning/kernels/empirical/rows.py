@@ -77,6 +77,7 @@ class Rows(ABC):
         self.full, self.groups = function.full, len(self.cotangents) if function.full else 1
         self.partner: Rows = self  # makes the rows of the kernel's second argument, in the same parts
         self.kept = function.dtype  # of rows that stay
+        self.together = 2**31  # how many vectors products take at once
         self.measured: dict[Hashable, int] = {}  # bytes, by number of samples and precision
         self.width, self.parts = 0, []
         owners: dict[str, None] = dict.fromkeys(name.rpartition(".")[0] for name in function.trainable)
@@ -109,12 +110,12 @@ class Rows(ABC):
         """Write the rows of n samples into ``out`` (n, width)."""
 
     @abstractmethod
-    def vjp(self, x: Inputs, cotangent: Tensor) -> Weights:
-        """J(x)^T u for cotangents u (n, C) of all outputs, summed over the samples."""
+    def vjp(self, x: Inputs, cotangents: Tensor) -> Weights:
+        """J(x)^T u for cotangents u (k, n, C) of all outputs, summed over the samples: (k, ...)."""
 
     @abstractmethod
-    def jvp(self, x: Inputs, direction: Weights, cotangent: Tensor | None) -> Tensor:
-        """J(x) d for a direction d of the weights, (n, C); or its inner products with a cotangent (C,), (n,)."""
+    def jvp(self, x: Inputs, directions: Weights, cotangent: Tensor | None) -> Tensor:
+        """J(x) d for directions d (k, ...), (k, n, C); or their inner products with a cotangent (C,), (k, n)."""
 
     @property
     @abstractmethod

@@ -106,26 +106,30 @@ class OneByOneRows(Rows):
                     pieces += real_flat(gradients[name] for name in part.weights)
             torch.cat(pieces, out=out[i])
 
-    def vjp(self, x: Inputs, cotangent: Tensor) -> Weights:
-        """J(x)^T u for cotangents u (n, C) of all outputs, summed over the samples."""
-        total = {name: torch.zeros_like(weight) for name, weight in self.trainable.items()}
-        for i, u in enumerate(cotangent):
-            with self.plain.outputs(x[i : i + 1]) as outputs:
-                for name, gradient in self.plain.gradient(outputs, u).items():
-                    total[name] += gradient
-        return total
-
-    def jvp(self, x: Inputs, direction: Weights, cotangent: Tensor | None) -> Tensor:
-        """J(x) d for a direction d of the weights, (n, C); or its inner products with a cotangent (C,), (n,)."""
-        # <grad u^T f, d> for every cotangent u: first derivatives only, which every trained network has
-        cotangents = torch.eye(self.num_outputs).to(self.cotangents) if cotangent is None else cotangent[None]
-        product = self.cotangents.new_empty(len(x), len(cotangents))
+    def vjp(self, x: Inputs, cotangents: Tensor) -> Weights:
+        """J(x)^T u for cotangents u (k, n, C) of all outputs, summed over the samples: (k, ...)."""
+        total = {name: weight.new_zeros(len(cotangents), *weight.shape) for name, weight in self.trainable.items()}
         for i in range(len(x)):
             with self.plain.outputs(x[i : i + 1]) as outputs:
-                for k, u in enumerate(cotangents):
+                for k, u in enumerate(cotangents[:, i]):
                     gradient = self.plain.gradient(outputs, u, again=k + 1 < len(cotangents))
-                    product[i, k] = dot(gradient, direction)
-        return product if cotangent is None else product[:, 0]
+                    for name, value in gradient.items():
+                        total[name][k] += value
+        return total
+
+    def jvp(self, x: Inputs, directions: Weights, cotangent: Tensor | None) -> Tensor:
+        """J(x) d for directions d (k, ...), (k, n, C); or their inner products with a cotangent (C,), (k, n)."""
+        # <grad u^T f, d> for every cotangent u: first derivatives only, which every trained network has
+        cotangents = torch.eye(self.num_outputs).to(self.cotangents) if cotangent is None else cotangent[None]
+        count = len(next(iter(directions.values())))
+        product = self.cotangents.new_empty(count, len(x), len(cotangents))
+        for i in range(len(x)):
+            with self.plain.outputs(x[i : i + 1]) as outputs:
+                for c, u in enumerate(cotangents):
+                    gradient = self.plain.gradient(outputs, u, again=c + 1 < len(cotangents))
+                    for k in range(count):
+                        product[k, i, c] = dot(gradient, {name: d[k] for name, d in directions.items()})
+        return product if cotangent is None else product[:, :, 0]
 
     def workspace(self, x: Inputs) -> int:
         """Bytes that operations allocate while one row is made: a pass, and the gradients of all cotangents."""

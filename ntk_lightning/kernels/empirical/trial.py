@@ -21,6 +21,7 @@ from ntk_lightning.kernels.empirical.derivatives import ForwardModeWatch, is_adj
 from ntk_lightning.kernels.empirical.gradients import GradientRows
 from ntk_lightning.kernels.empirical.inputs import Inputs
 from ntk_lightning.kernels.empirical.network_function import NetworkFunction
+from ntk_lightning.kernels.empirical.network_state import Weights
 from ntk_lightning.kernels.empirical.rows import AllocationMeter, Rows, real_flat
 from ntk_lightning.kernels.empirical.sample_independence import (
     agree,
@@ -44,6 +45,7 @@ class _Found:
 
     way: _Way
     products: _Way | None = None  # how J d is computed, once that was asked
+    several: bool | None = None  # whether products take several vectors at once, likewise
     batched: bool = False  # whether one pass pulls back all cotangents
     num_outputs: int = 0
     nbytes: int = 0
@@ -106,6 +108,9 @@ def choose_products(rows: Rows, inputs: list[Inputs]) -> Rows:
         if found.products == "one by one":
             return plain
     rows.forward_mode = found.products == "forward"
+    if found.several is None:
+        found.several = _take_several(rows, _two(inputs))
+    rows.together = 2**31 if found.several else 1
     return rows
 
 
@@ -200,14 +205,14 @@ def _try_products(rows: GradientRows, plain: OneByOneRows, samples: Inputs) -> _
     """Compare J^T u and J d with J^T u of plain autograd, on random u and d."""
     direction = {name: _random(weight) for name, weight in rows.trainable.items()}
     cotangent = _random(rows.cotangents.new_empty(len(samples), rows.num_outputs))
-    gradient = plain.vjp(samples, cotangent)
+    gradient = _first(plain.vjp(samples, cotangent[None]))
     ways: tuple[_Way, ...] = ("forward", "reverse")
     for way in ways:
         rows.forward_mode, watch = way == "forward", ForwardModeWatch()
         try:
-            pulled = rows.vjp(samples, cotangent)
+            pulled = _first(rows.vjp(samples, cotangent[None]))
             with watch if way == "forward" else nullcontext():
-                product = rows.jvp(samples, direction, None)
+                product = rows.jvp(samples, _several(direction, [1.0]), None)[0]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # an operation without this derivative, in whatever way it says so
@@ -217,6 +222,35 @@ def _try_products(rows: GradientRows, plain: OneByOneRows, samples: Inputs) -> _
         if same and watch.found is None and is_adjoint(direction, product, cotangent, gradient):
             return way
     return "one by one"
+
+
+def _take_several(rows: GradientRows, samples: Inputs) -> bool:
+    """Whether products with several vectors at once are those with each."""
+    direction = {name: _random(weight) for name, weight in rows.trainable.items()}
+    cotangent = _random(rows.cotangents.new_empty(len(samples), rows.num_outputs))
+    scales = [1.0, -2.0]
+    try:
+        pulled = rows.vjp(samples, torch.stack([s * cotangent for s in scales]))
+        product = rows.jvp(samples, _several(direction, scales), None)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever torch.func cannot transform twice, in whatever way it says so
+        _log.info("Products of %s take one vector at a time: %s", type(rows.function.net).__name__, error)
+        return False
+    single = rows.vjp(samples, cotangent[None]), rows.jvp(samples, _several(direction, [1.0]), None)
+    expected = {name: torch.cat([s * g for s in scales]) for name, g in single[0].items()}
+    same = all(agree(pulled[name], expected[name], 1e-12, 1e-3) for name in expected)
+    return same and agree(product, torch.cat([s * single[1] for s in scales]), 1e-12, 1e-3)
+
+
+def _several(direction: Weights, scales: list[float]) -> Weights:
+    """Multiples of a direction, (k, ...)."""
+    return {name: torch.stack([s * d for s in scales]) for name, d in direction.items()}
+
+
+def _first(weights: Weights) -> Weights:
+    """The first of several directions."""
+    return {name: several[0] for name, several in weights.items()}
 
 
 @contextmanager

@@ -75,7 +75,7 @@ class Pair(NamedTuple):
     """Covariances of u and v as the duals need them; all of one shape, or broadcastable to it.
 
     ``r`` is the correlation, 0 where a variance is 0 and NaN where one is infinite; ``sine2`` is 1 - r^2, exactly 0
-    where it is so up to rounding, and there ``k12`` is ``scale`` or its negative.
+    where it is so up to rounding, and there ``k12`` is ``scale`` or its negative. ``plain`` says that r tells sine2.
     """
 
     k12: Tensor
@@ -84,6 +84,7 @@ class Pair(NamedTuple):
     scale: Tensor  # sqrt(k11 k22)
     r: Tensor
     sine2: Tensor
+    plain: bool = False
 
     @classmethod
     def of(cls, k12: Tensor, k11: Tensor, k22: Tensor, near: Near | None = None) -> Pair:
@@ -92,7 +93,9 @@ class Pair(NamedTuple):
         r = k12 * _inverse(root1) * _inverse(root2)  # never a product of variances, which over- or underflows
         scale = root1 * root2
         size = r.abs()
-        aligned = 1 - size <= ROUNDING * torch.finfo(r.dtype).eps
+        aligned = size >= 1 - ROUNDING * torch.finfo(r.dtype).eps
+        if (near is None or not near.sine2.numel()) and not aligned.any():
+            return cls(k12, k11, k22, scale, r, (1 - size) * (1 + size), plain=True)
         k12 = torch.where(aligned, r.detach().sign() * scale, k12)
         sine2 = ((1 - size) * (1 + size)).masked_fill(aligned, 0)
         return cls(k12, k11, k22, scale, r, sine2 if near is None else sine2.masked_scatter(near.mask, near.sine2))
@@ -130,12 +133,12 @@ class Row:
 
 def _relu(pair: Pair, activation: Activation) -> tuple[Tensor, Tensor]:
     """phi(u) = max(u, 0) + s min(u, 0). Cho and Saul (2009), of the angle a = pi - arccos(r), for every slope s."""
-    k12, _, _, scale, r, sine2 = pair
-    sine = _sqrt(sine2)
-    angle = torch.atan2(sine, -r)
+    k12, _, _, scale, r, sine2, plain = pair
+    sine, opposite = _sqrt(sine2), -r
+    angle = opposite.acos() if plain else torch.atan2(sine, opposite)
     s, gain = activation.negative_slope, (1 - activation.negative_slope) ** 2 / (2 * math.pi)
-    nngp = s * k12 + gain * (scale * sine2 * sine + k12 * less_its_sine(angle, sine, -r))
-    return nngp, s + gain * angle
+    nngp = torch.addcmul(scale * sine2 * sine, k12, less_its_sine(angle, sine, opposite)) * gain
+    return (nngp + s * k12, gain * angle + s) if s else (nngp, gain * angle)
 
 
 def _relu_shortfall(pair: Pair, activation: Activation) -> Tensor:
@@ -165,16 +168,18 @@ def _erf(pair: Pair, _: Activation) -> tuple[Tensor, Tensor]:
 
 def _gelu(pair: Pair, _: Activation) -> tuple[Tensor, Tensor]:
     """phi(u) = u P(N(0, 1) < u). Tsuchida et al. (2020, arXiv 2002.08517), here by Stein's lemma."""
-    # With a^2 = 1 / (1 + k11), b^2 = 1 / (1 + k22), cosine = k12 a b, sine^2 = 1 - cosine^2 and m = k11 a^2 k22 b^2
+    # With a^2 = 1 / (1 + k11), b^2 = 1 / (1 + k22), cosine = k12 a b, sine^2 = 1 - cosine^2 and m = k11 a k22 b
     # (1 - r^2): written so that no large terms cancel where k12 is large, of either sign.
     a2, b2 = 1 / (1 + pair.k11), 1 / (1 + pair.k22)
-    ab, sine = a2.sqrt() * b2.sqrt(), _sine(a2, b2, pair.sine2)
+    a, b, sine = a2.sqrt(), b2.sqrt(), _sine(a2, b2, pair.sine2)
+    ab = a * b
     cosine, density = pair.k12 * ab, ab / sine  # 2 pi times the density of (u - z, v - z') at 0, z and z' ~ N(0, 1)
-    angle = torch.atan2(sine, -cosine)  # 2 pi P(u > z, v > z')
-    bow, m = less_its_sine(angle, sine, -cosine), (pair.k11 * a2) * (pair.k22 * b2) * pair.sine2
-    nngp = m * sine / ab + pair.k12 * bow + cosine**2 * density
-    derivative = bow - m * cosine / sine + density * cosine * (ab + density / sine)
-    return nngp / (2 * math.pi), derivative / (2 * math.pi)
+    opposite = -cosine
+    bow = less_its_sine(torch.atan2(sine, opposite), sine, opposite)  # of 2 pi P(u > z, v > z')
+    m, weight = (pair.k11 * a) * (pair.k22 * b) * pair.sine2, cosine * density
+    nngp = torch.addcmul(torch.addcmul(m * sine, pair.k12, bow), cosine, weight)
+    derivative = torch.addcmul(bow, weight, ab + density / sine - m)
+    return nngp * (0.5 / math.pi), derivative * (0.5 / math.pi)
 
 
 def _sin(pair: Pair, _: Activation) -> tuple[Tensor, Tensor]:
@@ -216,7 +221,7 @@ def _quadrature(pair: Pair, activation: Activation) -> tuple[Tensor, Tensor]:
 
 def _sine(a2: Tensor, b2: Tensor, sine2: Tensor) -> Tensor:
     """sqrt(1 - cosine^2) with cosine^2 = (1 - a2) (1 - b2) (1 - sine2), as a sum of positive numbers."""
-    return (a2 + (1 - a2) * (b2 + (1 - b2) * sine2)).sqrt()
+    return torch.addcmul(a2, 1 - a2, torch.addcmul(b2, 1 - b2, sine2)).sqrt()
 
 
 def _sqrt(k: Tensor) -> Tensor:

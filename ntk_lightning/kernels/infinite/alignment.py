@@ -95,7 +95,7 @@ def after_activation(activation: Activation, near: Near, k12: Tensor, k11: Tenso
     if shortfall is None:
         return None
     k12, k11, k22 = (k.expand_as(near.mask)[near.mask] for k in (k12, k11, k22))
-    pair = Pair.of(k12, k11, k22)._replace(sine2=near.sine2)
+    pair = Pair.of(k12, k11, k22)._replace(sine2=near.sine2, plain=False)
     # With E[phi(u) phi(v)] = (1 - g12) h sqrt(k11 k22), and so on, r' = (1 - g12) / sqrt((1 - g11) (1 - g22))
     g12 = shortfall(pair, activation)
     g11, g22 = (shortfall(Pair.of(k, k, k), activation) for k in (k11, k22))
@@ -105,4 +105,5 @@ def after_activation(activation: Activation, near: Near, k12: Tensor, k11: Tenso
 
 
 def _select(pair: Pair, mask: Tensor) -> Pair:
-    return Pair(*(k.expand_as(mask)[mask] for k in pair))
+    k12, k11, k22, scale, r, sine2 = (k.expand_as(mask)[mask] for k in pair[:6])
+    return Pair(k12, k11, k22, scale, r, sine2)

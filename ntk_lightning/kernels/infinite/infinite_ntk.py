@@ -25,7 +25,7 @@ __all__ = ["InfiniteNTK"]
 Kind = Literal["ntk", "nngp"]
 Backend = Literal["auto", "reference", "cpu", "cuda"]
 
-_REFERENCE_BLOCK_BYTES = 2**21  # of covariances, so that they stay in the cache
+_REFERENCE_BLOCK_BYTES = 2**19  # of covariances, so that they stay in the cache
 
 _log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ntk_lightning.kernels.infinite.architecture import Pool, Window
 
-__all__ = ["attend", "average_over_window", "axes_of", "equal_pixels", "pool"]
+__all__ = ["attend", "axes_of", "equal_pixels", "pool", "sum_over_window"]
 
 Axes = tuple[tuple[int, ...], ...]
 
@@ -38,8 +38,8 @@ def axes_of(spatial: int, full: bool) -> Axes:
     return tuple(tuple(end + axis for end in ends) for axis in range(spatial))
 
 
-def average_over_window(k: Tensor, windows: Sequence[Window], circular: bool, axes: Axes) -> Tensor:
-    """Mean over the pixels of a filter, moved by the same offset in both pixels of a pair.
+def sum_over_window(k: Tensor, windows: Sequence[Window], circular: bool, axes: Axes) -> Tensor:
+    """Sum over the pixels of a filter, moved by the same offset in both pixels of a pair.
 
     Args:
         k: Covariances.
@@ -58,7 +58,7 @@ def average_over_window(k: Tensor, windows: Sequence[Window], circular: bool, ax
             window = window._replace(low=0, high=0)
         if window == (1, 0, 0, 1):
             continue
-        k = _slide(k, window, dims) / window.size
+        k = _slide(k, window, dims)
     return k
 
 
@@ -121,16 +121,17 @@ def _slide(k: Tensor, window: Window, dims: tuple[int, ...]) -> Tensor:
     """Sum over a window that slides along several dimensions at once; pixels outside count as zero."""
     n = k.shape[dims[0]]
     out = (n + window.low + window.high - window.size) // window.stride + 1
-    shape = list(k.shape)
-    for dim in dims:
-        shape[dim] = out
-    total = k.new_zeros(shape)
-    for source, target in _overlaps(n, out, window):
-        part, place = k, total
-        for dim in dims:
-            part, place = _cut(part, dim, source), _cut(place, dim, target)
-        place += part
-    return total
+    overlaps = sorted(_overlaps(n, out, window), key=lambda parts: parts[1] != slice(0, out))
+    total = None
+    for source, target in overlaps:
+        part = _cut(k, dims, source)
+        if total is None and target == slice(0, out):  # every window has this pixel of its
+            total = part.clone(memory_format=torch.contiguous_format)
+            continue
+        if total is None:
+            total = k.new_zeros([out if d - k.dim() in dims else size for d, size in enumerate(k.shape)])
+        _cut(total, dims, target).add_(part)
+    return k.new_zeros(()) if total is None else total
 
 
 def _overlaps(n: int, out: int, window: Window) -> Iterator[tuple[slice, slice]]:
@@ -143,7 +144,5 @@ def _overlaps(n: int, out: int, window: Window) -> Iterator[tuple[slice, slice]]
             yield slice(start, start + (last - first) * window.stride + 1, window.stride), slice(first, last + 1)
 
 
-def _cut(k: Tensor, dim: int, part: slice) -> Tensor:
-    index: list[slice] = [slice(None)] * k.dim()
-    index[dim] = part
-    return k[tuple(index)]
+def _cut(k: Tensor, dims: tuple[int, ...], part: slice) -> Tensor:
+    return k[tuple(part if d - k.dim() in dims else slice(None) for d in range(k.dim()))]

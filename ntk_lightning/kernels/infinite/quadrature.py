@@ -24,7 +24,9 @@ which a jump of f breaks.
 from __future__ import annotations
 
 import math
+import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -43,6 +45,7 @@ _FINE, _COARSE = 20, 14  # nodes in a panel
 _REACH = 12.0  # of x, beyond which the density of N(0, 1) and half its exponent are nothing
 _STEIN = 8  # coefficients that Stein's lemma is tried on
 _ENTRIES = 2**22  # at once
+_KEPT_BYTES = 2**28
 _WARN, _REFUSE = 1e-8, 1e-2  # relative errors
 
 
@@ -76,18 +79,21 @@ def expectations(
         >>> [round(float(value), 12) for value in duals[:2]], duals.error < 1e-12
         ([1.5, 2.0], True)
     """
-    sizes = [root1.numel(), root2.numel()]
     most = _TERMS if sine2.any() else _STEP  # at r = 1 and -1 a one-dimensional integral is cheaper
-    terms, squares, error = _coefficients(function, kinks, torch.cat([root1.flatten(), root2.flatten()]), most)
-    rests = ((squares - terms.square().sum(1)).clamp_min(0) / squares).nan_to_num(0, posinf=0).detach().split(sizes, 1)
-    first, second = (part.flip(1) for part in terms.split(sizes, 2))  # (2, N, S), highest degree first
+    roots = root1.flatten(), root2.flatten()
+    tables = [_coefficients(function, kinks, root, most) for root in roots]
+    if (count := max(table.terms.shape[1] for table in tables)) > min(table.terms.shape[1] for table in tables):
+        tables = [_coefficients(function, kinks, root, most, count) for root in roots]
+    error = max(table.error for table in tables)
+    first, second = (table.terms[:, :count].flip(1) for table in tables)  # (2, N, S), highest degree first
+    rests = [table.rests(count) for table in tables]
     duals, bound = [], torch.zeros_like(r)
     for i in range(2):
         dual = torch.zeros_like(r)
         for c1, c2 in zip(first[i], second[i], strict=True):  # Horner's scheme in r
-            dual = dual * r + c1.view(root1.shape) * c2.view(root2.shape)
+            dual = torch.addcmul(c1.view(root1.shape) * c2.view(root2.shape), dual, r)
         rest = rests[0][i].view(root1.shape).sqrt() * rests[1][i].view(root2.shape).sqrt()
-        bound = torch.maximum(bound, r.detach().abs() ** terms.shape[1] * rest)
+        bound = torch.maximum(bound, r.detach().abs() ** count * rest)
         duals.append(dual)
     near = bound > _ENOUGH
     if near.any():
@@ -117,8 +123,41 @@ def warn_of(error: float, name: str) -> None:
         warnings.warn(f"The kernel of {name} has an estimated relative error of {error:.1e}: {advice}.", stacklevel=2)
 
 
-def _coefficients(function: Function, kinks: Sequence[float], roots: Tensor, most: int) -> tuple[Tensor, Tensor, float]:
+class _Table(NamedTuple):
     """c_n of f(sigma x) and of f'(sigma x), (2, N, S), E[f^2] and E[f'^2], (2, S), for S sigmas, and their error."""
+
+    terms: Tensor
+    squares: Tensor
+    error: float
+
+    def rests(self, count: int) -> Tensor:
+        """What the first so many terms leave out of the squares, relative to them, (2, S)."""
+        rest = self.squares - self.terms[:, :count].square().sum(1)
+        return (rest.clamp_min(0) / self.squares).nan_to_num(0, posinf=0).detach()
+
+
+_tables: OrderedDict[tuple[object, ...], _Table] = OrderedDict()  # of the inputs that were last seen, the latest last
+_lock = threading.Lock()
+
+
+def _coefficients(function: Function, kinks: Sequence[float], roots: Tensor, most: int, least: int = 0) -> _Table:
+    """The table of sigmas: as many terms as leave no rest, at least and at most so many."""
+    # Blocks of one Gram have their inputs in common, so tables are kept for as long as there is room
+    if roots.requires_grad:
+        return _table(function, kinks, roots, most, least)
+    key = function, tuple(kinks), most, roots.device, roots.cpu().numpy().tobytes()
+    with _lock:
+        kept = _tables.pop(key, None)
+    if kept is None or kept.terms.shape[1] < least:
+        kept = _table(function, kinks, roots, most, least)
+    with _lock:
+        _tables[key] = kept
+        while len(_tables) > 1 and sum(table.terms.nbytes for table in _tables.values()) > _KEPT_BYTES:
+            _tables.popitem(last=False)
+    return kept
+
+
+def _table(function: Function, kinks: Sequence[float], roots: Tensor, most: int, least: int) -> _Table:
     edges = _edges(13, 0.5, _REACH).to(roots)
     breaks = _scaled(kinks, roots if any(kinks) else roots[:1])  # without them all sigmas share the nodes
     x, weight = _rule(_with(edges, breaks), _FINE)
@@ -127,26 +166,41 @@ def _coefficients(function: Function, kinks: Sequence[float], roots: Tensor, mos
     coarse_x, coarse_weight = _rule(_with(0.85 * edges, breaks), _COARSE)
     coarse = (torch.stack(_with_slope(function, roots[:, None] * coarse_x)).square() * coarse_weight).sum(-1)
     error = _relative(coarse - squares, squares)
-    # As many terms as leave no rest, at most so many, for a few sigmas at a time, so that they stay in the cache
-    side = len(roots) if len(x) == 1 else 8
-    weights, starts = (values * weight).split(side, 1), x.split(side)
-    states = [(torch.zeros_like(x), torch.ones_like(x)) for x in starts]
+    state = _Recursion(x, values * weight)
     c, rest = values.new_empty(2, 0, len(roots)), squares.detach()
-    while c.shape[1] == 0 or (c.shape[1] < most and _relative(rest, squares) > _ENOUGH):
-        pieces = []
-        for i, (weighted, x) in enumerate(zip(weights, starts, strict=True)):
-            polynomials, (before, h) = [], states[i]
-            for n in range(c.shape[1], c.shape[1] + _STEP):
-                polynomials.append(h)  # h_(n+1) = (x h_n - sqrt(n) h_(n-1)) / sqrt(n + 1)
-                before, h = h, (x * h - math.sqrt(n) * before) / math.sqrt(n + 1)
-            states[i] = before, h
-            pieces.append(torch.einsum("isq,nsq->ins", weighted, torch.stack(polynomials)))
-        more = torch.cat(pieces, 2)
+    while (n := c.shape[1]) < max(least, _STEP) or (n < most and _relative(rest, squares) > _ENOUGH):
+        more = state.terms(n, _STEP if n < 4 * _STEP else n)  # twice as many, once they are many
         c, rest = torch.cat([c, more], 1), rest - more.detach().square().sum(1)
     degree = torch.arange(1, _STEIN + 1).to(roots)[:, None].sqrt()
     missing = roots * c[1, :_STEIN] - degree * c[0, 1 : _STEIN + 1]  # by Stein's lemma nothing
     scale = (squares[0] + roots**2 * squares[1]).sqrt()
-    return c, squares, max(error, _relative(missing.abs().amax(0), scale))
+    return _Table(c, squares, max(error, _relative(missing.abs().amax(0), scale)))
+
+
+class _Recursion:
+    """Sums of weighted values (2, S, Q) times normalized Hermite polynomials at nodes (S, Q) or (1, Q)."""
+
+    def __init__(self, x: Tensor, weighted: Tensor) -> None:
+        self.x, self.weighted = x, weighted
+        self.before, self.h = torch.zeros_like(x), torch.ones_like(x)
+
+    def terms(self, first: int, count: int) -> Tensor:
+        """The next so many, (2, N, S), from the number of the first on."""
+        if len(self.x) > 1 and not self.weighted.requires_grad and self.x.device.type == "cpu":
+            from ntk_lightning.kernels.infinite.quadrature_numba import hermite_terms
+
+            out = self.x.new_empty(2, count, len(self.x))
+            x, weighted, before, h = (k.numpy() for k in (self.x, self.weighted, self.before, self.h))
+            hermite_terms(x, weighted, before, h, first, out.numpy())
+            return out
+        polynomials = []
+        for n in range(first, first + count):
+            polynomials.append(self.h)  # h_(n+1) = (x h_n - sqrt(n) h_(n-1)) / sqrt(n + 1)
+            self.before, self.h = self.h, (self.x * self.h - math.sqrt(n) * self.before) / math.sqrt(n + 1)
+        h = torch.stack(polynomials, 1)  # (S, N, Q), or (1, N, Q): then one matrix product
+        if len(h) == 1:
+            return h[0] @ self.weighted.mT
+        return (h @ self.weighted.movedim(0, -1)).movedim(-1, 0).mT
 
 
 def _near(

@@ -18,9 +18,10 @@ covariances of equal pixels are held.
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -48,7 +49,7 @@ from ntk_lightning.kernels.infinite.architecture import (
     Scale,
     to_graph,
 )
-from ntk_lightning.kernels.infinite.linear_maps import attend, average_over_window, axes_of, equal_pixels, pool
+from ntk_lightning.kernels.infinite.linear_maps import attend, axes_of, equal_pixels, pool, sum_over_window
 from ntk_lightning.kernels.infinite.shapes import Size, follow
 
 __all__ = ["Network", "Variances", "diagonal", "dual_activation", "gram", "pairs", "variances"]
@@ -244,8 +245,10 @@ class _Block(NamedTuple):
                 return self._affine(i, operation, k, spatial, full)
             case Activation():
                 left, right = self._sides(i, spatial, full)
-                nngp, derivative = dual_activation(operation, k.nngp, left, right, k.near)
                 near = None if k.near is None else after_activation(operation, k.near, k.nngp, left, right)
+                if not k.nngp.requires_grad and (k.near is None or not k.near.sine2.numel()):
+                    return _activated(operation, k, left, right)._replace(near=near)
+                nngp, derivative = dual_activation(operation, k.nngp, left, right, k.near)
                 return _Fields(nngp, None if k.ntk is None else k.ntk * derivative, near)
             case Norm(eps, _, gain, bias):
                 left, right = ((v + eps).rsqrt() for v in self._sides(i, spatial, full))
@@ -302,13 +305,15 @@ class _Block(NamedTuple):
         near = k.near
         if near is not None:
             near = after_affine(near, k.nngp, *self._sides(i, spatial, full), layer.weight_std, layer.bias_std)
+        share = 1.0
         if isinstance(layer, Conv):
-            axes = axes_of(spatial, full)
-            k = k.map(lambda c: average_over_window(c, layer.windows, layer.circular, axes))
-        nngp, ntk = weight * k.nngp + bias, None
+            axes, share = axes_of(spatial, full), 1 / math.prod(window.size for window in layer.windows)
+            k = k.map(lambda c: sum_over_window(c, layer.windows, layer.circular, axes))
+        nngp, ntk = weight * share * k.nngp, None
+        nngp = nngp + bias if bias else nngp
         if self.ntk:
-            own = nngp if layer.gradient is None else layer.gradient[0] * k.nngp + layer.gradient[1]
-            ntk = own if k.ntk is None else weight * k.ntk + own
+            own = nngp if layer.gradient is None else layer.gradient[0] * share * k.nngp + layer.gradient[1]
+            ntk = own if k.ntk is None else torch.add(own, k.ntk, alpha=weight * share)
         return _Fields(nngp, ntk, near)
 
     def _attention(self, i: int, layer: Attention, k: _Fields, spatial: int) -> _Fields:
@@ -340,6 +345,33 @@ class _Block(NamedTuple):
         return k
 
 
+def _activated(activation: Activation, k: _Fields, left: Tensor, right: Tensor) -> _Fields:
+    """An activation, piece by piece, so that what its formulas hold in between stays in the cache."""
+    nngp, ntk = torch.empty_like(k.nngp), None if k.ntk is None else torch.empty_like(k.ntk)
+    for piece in _pieces(k.nngp.shape):
+        nngp[piece], derivative = dual_activation(activation, k.nngp[piece], _cut(left, piece), _cut(right, piece))
+        if ntk is not None and k.ntk is not None:
+            torch.mul(k.ntk[piece], derivative, out=ntk[piece])
+    return _Fields(nngp, ntk)
+
+
+def _pieces(shape: torch.Size) -> Iterator[tuple[slice, ...]]:
+    """Parts of a tensor whose entries lie one after another, small enough for the cache."""
+    threads = torch.get_num_threads()
+    most = 2**14 if threads == 1 else 2**15 * threads  # which PyTorch shares out
+    split = next(d for d in range(len(shape)) if math.prod(shape[d + 1 :]) <= most)
+    step = max(1, most // math.prod(shape[split + 1 :]))
+    for lead in itertools.product(*map(range, shape[:split])):
+        for start in range(0, shape[split], step):
+            yield *(slice(i, i + 1) for i in lead), slice(start, start + step)
+
+
+def _cut(side: Tensor, piece: tuple[slice, ...]) -> Tensor:
+    """The part of a variance that broadcasts to a part of the covariances."""
+    parts = zip(piece, side.shape, strict=False)
+    return side[tuple(part if n > 1 else slice(None) for part, n in parts)]
+
+
 def _narrowed(fields: _Fields, size: Size, needed: bool) -> _Fields:
     """Covariances of equal pixels, of those of all pairs of pixels."""
     spatial = len(size.shape or ())
@@ -366,16 +398,18 @@ def _covariance(x1: Tensor, x2: Tensor, full: bool) -> tuple[Tensor, Near | None
         k = _aligned(rows1.flatten(0, 1), rows2.flatten(0, 1)).view(len(x1), -1, len(x2), rows2.shape[1])
         k = k.movedim(2, 1)
     else:
-        k = torch.stack([_aligned(a, b) for a, b in zip(rows1.unbind(1), rows2.unbind(1), strict=True)], -1)
+        k = _aligned(rows1.movedim(1, 0), rows2.movedim(1, 0)).movedim(0, -1).contiguous()
     return k.reshape(len(x1), len(x2), *x1.shape[2:], *(x2.shape[2:] if full else ())), None
 
 
 def _aligned(rows1: Tensor, rows2: Tensor) -> Tensor:
-    """Covariances of pixels (m1, C) and (m2, C), those of multiples of each other to rounding."""
-    k = rows1 @ rows2.T / rows1.shape[1]
-    if rows1.shape[1] <= ROUNDING:  # sums round less than what counts as a correlation of 1
+    """Covariances of pixels (..., m1, C) and (..., m2, C), those of multiples of each other to rounding."""
+    k = rows1 @ rows2.mT / rows1.shape[-1]
+    if rows1.shape[-1] <= ROUNDING:  # sums round less than what counts as a correlation of 1
         return k
-    return k + (input_alignment(k.detach(), rows1.detach(), rows2.detach())[0] - k.detach())
+    known = k.detach().reshape(-1, *k.shape[-2:])
+    pixels = zip(known, *(rows.detach().reshape(-1, *rows.shape[-2:]) for rows in (rows1, rows2)), strict=True)
+    return k + (torch.stack([input_alignment(*pixel)[0] for pixel in pixels]).view_as(k) - k.detach())
 
 
 def _own_covariance(x: Tensor, full: bool) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from typing import TypeVar
 
 import torch
@@ -11,12 +11,15 @@ from torch.func import functional_call
 
 from ntk_lightning.kernels.empirical.inputs import Inputs
 from ntk_lightning.kernels.empirical.network_state import Weights
-from ntk_lightning.networks import NTKConv2d, NTKLinear, Residual
+from ntk_lightning.networks import NTKConv1d, NTKConv2d, NTKLinear, Residual
 
 __all__ = ["BILINEAR", "LINEAR_IN_WEIGHTS", "LayerWeights", "is_chain", "walk"]
 
 # z = w a + b: linear in the weights and, but for constants, in the input (batch normalization in evaluation)
-BILINEAR = {NTKLinear, NTKConv2d, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d}
+BILINEAR = {
+    *(NTKLinear, NTKConv1d, NTKConv2d, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.BatchNorm1d, nn.BatchNorm2d),
+}
 LINEAR_IN_WEIGHTS = {*BILINEAR, nn.LayerNorm, nn.GroupNorm}
 
 _Value = TypeVar("_Value")
@@ -72,22 +75,30 @@ def walk(
 
 
 class LayerWeights:
-    """The weights w0 of every layer, and the direction d in which they move.
+    """Runs the layers of a chain with given weights, or with a direction in their place.
 
     Args:
         net: The network.
-        w0: Weights by name; those of the network itself where names are missing.
-        direction: d by name; a missing name does not move.
+        w0: Weights, and maybe buffers, by name; those of the network itself where names are missing.
     """
 
-    def __init__(self, net: nn.Module, w0: Weights, direction: Weights) -> None:
-        names = {id(parameter): name for name, parameter in net.named_parameters()}  # tied ones have one name
-        self._w0, self._direction = w0, direction
-        self._names = {module: {key: names[id(p)] for key, p in module.named_parameters()} for module in net.modules()}
+    def __init__(self, net: nn.Module, w0: Weights) -> None:
+        tensors = [*net.named_parameters(), *net.named_buffers()]
+        names = {id(tensor): name for name, tensor in tensors}  # tied ones have one name
+        self._given: dict[nn.Module, Weights] = {}  # of each module, by its own names
+        self._names: dict[nn.Module, dict[str, str]] = {}  # of its parameters, in the network
+        for module in net.modules():
+            self._names[module] = {key: names[id(p)] for key, p in module.named_parameters()}
+            own = {key: names[id(t)] for key, t in (*module.named_parameters(), *module.named_buffers())}
+            self._given[module] = {key: w0[name] for key, name in own.items() if name in w0}
 
-    def moves(self, module: nn.Module) -> bool:
-        """Tell whether a layer's weights move."""
-        return any(name in self._direction for name in self._names[module].values())
+    def names(self, module: nn.Module) -> Iterable[str]:
+        """Names of a layer's parameters in the network."""
+        return self._names[module].values()
+
+    def moves(self, module: nn.Module, direction: Container[str]) -> bool:
+        """Tell whether a layer's weights move along a direction, of which the names suffice."""
+        return any(name in direction for name in self._names[module].values())
 
     def at_w0(self, module: nn.Module, x: Tensor, linear: bool = False) -> Tensor:
         """Run a layer at w0.
@@ -100,50 +111,47 @@ class LayerWeights:
         Returns:
             Its output.
         """
-        weights = {key: self._w0[name] for key, name in self._names[module].items() if name in self._w0}
-        return _call(module, weights, x, linear)
+        return self._call(module, {}, x, linear)
 
-    def along_d(self, module: nn.Module, x: Tensor, linear: bool = False) -> Tensor:
+    def along(self, module: nn.Module, direction: Weights, x: Tensor, linear: bool = False) -> Tensor:
         """Run a layer with d in place of its weights: the derivative of its output along d, where that is linear in w.
 
         Args:
-            module: The layer, which moves.
+            module: The layer.
+            direction: d; a missing name does not move.
             x: Its input.
             linear: As of :meth:`at_w0`.
 
         Returns:
             Its output.
         """
-        weights = {
-            key: self._direction[name] if name in self._direction else torch.zeros_like(module.get_parameter(key))
-            for key, name in self._names[module].items()
-        }
-        return _call(module, weights, x, linear)
+        own, names = self._given[module], self._names[module]
+        still = {key: own.get(key, p) for key, p in module.named_parameters() if names[key] not in direction}
+        moving = {key: direction[name] for key, name in names.items() if name in direction}
+        return self._call(module, {key: torch.zeros_like(p) for key, p in still.items()} | moving, x, linear)
 
-    def at(self, module: nn.Module, t: Tensor, x: Tensor) -> Tensor:
+    def at(self, module: nn.Module, direction: Weights, t: Tensor, x: Tensor) -> Tensor:
         """Run a layer at w0 + t d.
 
         Args:
             module: The layer.
+            direction: d; its names are among those of w0.
             t: A number.
             x: Its input.
 
         Returns:
             Its output.
         """
-        weights = {key: self._w0[name] for key, name in self._names[module].items() if name in self._w0}
-        for key, name in self._names[module].items():
-            if name in self._direction:
-                weights[key] = weights[key] + t * self._direction[name]
-        return _call(module, weights, x)
+        own = self._given[module]
+        names = {key: name for key, name in self._names[module].items() if name in direction}
+        return self._call(module, {key: own[key] + t * direction[name] for key, name in names.items()}, x)
 
-
-def _call(module: nn.Module, weights: Weights, x: Tensor, linear: bool = False) -> Tensor:
-    """Run a layer with other weights, and without its constants where only the linear part is wanted."""
-    if not linear:
-        output: Tensor = functional_call(module, weights, (x,)) if weights else module(x)
+    def _call(self, module: nn.Module, other: Weights, x: Tensor, linear: bool = False) -> Tensor:
+        """Run a layer with some other weights, and without its constants where only the linear part is wanted."""
+        tensors = {**self._given[module], **other}
+        if linear:
+            own = {**module._parameters, **module._buffers, **tensors}
+            constants = {key: own.get(key) for key in ("bias", "running_mean")}
+            tensors |= {key: torch.zeros_like(t) for key, t in constants.items() if t is not None}
+        output: Tensor = functional_call(module, tensors, (x,)) if tensors else module(x)
         return output
-    tensors = {**module._parameters, **module._buffers}
-    constants = {key: torch.zeros_like(t) for key in ("bias", "running_mean") if (t := tensors.get(key)) is not None}
-    output = functional_call(module, {**weights, **constants}, (x,))
-    return output
