@@ -35,7 +35,6 @@ from ntk_lightning.kernels.infinite.fused_cpu_duals import duals, pixel_numbers
 from ntk_lightning.kernels.infinite.fused_cpu_program import (
     ADD,
     BOX,
-    CONV3,
     COPY,
     IMAGES,
     IMAGES3,
@@ -212,18 +211,19 @@ def _conv3(
 
 
 @_compiled
-def _dispatch_conv3(buffers: Any, op: Any, plane: Any, paired: bool, kind: int) -> None:
-    """Run :func:`_conv3`, in the cases that take most of the time without branches on its kind and mode."""
+def _convolve3(buffers: Any, op: Any, plane: Any, paired: bool, fused: bool) -> None:
+    """Run :func:`_conv3` without activation or, in the cases that take most of the time, with the ReLU after it."""
     images, own, accumulate = op.code == IMAGES3, op.own > 0, op.accumulate > 0
-    plain = not (paired or own or accumulate)
-    if kind == RELU and op.mode == 2 and plain:
-        _conv3(buffers, op, plane, RELU, 2, False, False, False, False)
-    elif kind == RELU and op.mode == 1 and images and plain:
-        _conv3(buffers, op, plane, RELU, 1, True, False, False, False)
-    elif kind == LINEAR:
+    if not fused:
         _conv3(buffers, op, plane, LINEAR, op.mode, images, paired, own, accumulate)
+    elif op.mode == 2:
+        _conv3(buffers, op, plane, RELU, 2, False, False, False, False)
+    elif op.mode == 1:
+        _conv3(buffers, op, plane, RELU, 1, True, False, False, False)
+    elif images:
+        _conv3(buffers, op, plane, RELU, 0, True, False, False, False)
     else:
-        _conv3(buffers, op, plane, kind, op.mode, images, paired, own, accumulate)
+        _conv3(buffers, op, plane, RELU, 0, False, False, False, False)
 
 
 @_compiled
@@ -476,18 +476,24 @@ def _operate(buffers: Any, op: Any, dy: int, dx: int, paired: bool, fill: bool) 
         _add(buffers.work, op, plane.rows * plane.columns * LANES)
     elif op.code == COPY:
         _copy(buffers.work, op, op.source, op.gap, plane.rows * plane.columns * LANES, False)
-    elif fill and dy == 0 and dx == 0 and op.kind != LINEAR:  # the activation's numbers come from this very plane
-        source = op.source
-        if op.code == CONV3 or op.code == IMAGES3:
-            _dispatch_conv3(buffers, op, plane, paired, LINEAR)
-            source = op.target
-        _write_numbers(buffers, op, source)
-        own_weight, own_bias = (op.own_weight, op.own_bias) if op.code == POINT else (0.0, 0.0)
-        _point(buffers, op, plane, paired, source, own_weight, own_bias)
-    elif op.code == CONV3 or op.code == IMAGES3:
-        _dispatch_conv3(buffers, op, plane, paired, op.kind)
     else:
-        _point(buffers, op, plane, paired, op.source, op.own_weight, op.own_bias)
+        source, own_weight, own_bias = op.source, op.own_weight, op.own_bias
+        fused = False
+        if op.code != POINT:
+            first = op.code == IMAGES3
+            fused = (
+                op.kind == RELU
+                and op.own == 0
+                and not paired
+                and (op.mode != 1 or first)
+                and (op.mode != 2 or not first)
+            )
+            _convolve3(buffers, op, plane, paired, fused)
+            source, own_weight, own_bias = op.target, 0.0, 0.0
+        if op.kind != LINEAR and not fused:
+            if fill and dy == 0 and dx == 0:  # the activation's numbers come from this very plane
+                _write_numbers(buffers, op, source)
+            _point(buffers, op, plane, paired, source, own_weight, own_bias)
 
 
 @_compiled
