@@ -88,11 +88,21 @@ if TYPE_CHECKING:
         read_study,
         run_study,
     )
+
+    __version__: str
 else:
-    __getattr__, __dir__ = lazy_names(
+    _public_name, __dir__ = lazy_names(
         __name__,
         ("networks", "optim", "kernels", "solvers", "scaling", "studies", "datamodules", "modules", "callbacks"),
     )
+
+    def __getattr__(name: str) -> object:
+        if name == "__version__":
+            from importlib.metadata import version  # here: what nobody asks for costs nothing
+
+            return version("ntk_lightning")
+        return _public_name(name)
+
 
 __all__ = [
     "MLP",

@@ -134,7 +134,7 @@ def run_command(args: Sequence[str]) -> None:
 def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", action="append", required=True, metavar="FILE", help="a study; more files change the first")
-    scales = "a scale of the study: small (the embedded images, for two cores), cifar10 (hours on them)"
+    scales = "a scale of the study: small (the embedded images, for two cores), cifar10 or two-cores (hours on them)"
     add("--scale", help=f"{scales}; without it the paper's size, CIFAR-5m (a download of 18 GB), for GPUs")
     add("--output", metavar="FOLDER", help="where results go (default: runs/studies/SCALE); run again to resume")
     plan = "only print what its cells will cost: pairs, gradients, peak memory and time, measured on small ones"

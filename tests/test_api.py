@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,10 @@ def test_the_package_exports_what_its_subpackages_do() -> None:
     assert set(names) <= set(dir(ntk_lightning))
     for home, name in PUBLIC:
         assert getattr(ntk_lightning, name) is getattr(import_module(f"ntk_lightning.{home}"), name), name
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    assert ntk_lightning.__version__ == version("ntk_lightning")
 
 
 def test_other_names_are_refused() -> None:

@@ -615,6 +615,7 @@ def test_a_new_option_with_a_default_leaves_finished_cells_finished() -> None:
         {"kernels_at": (4,)},
         {"log_spaced": 4},
         {"until_train_error": 0.0},
+        {"evaluate_every": 2},
         {"data": {"class_path": "a"}},
         {"net": {"class_path": "a"}},
         {"net": {"class_path": "a", "init_args": {"width": 2}}},
@@ -634,7 +635,7 @@ def test_the_defaults_behind_the_keys_are_those_of_finished_cells() -> None:
         name: value for name, value in defaults.items() if name not in ("model", "n", "width", "seed", "optimizer")
     } == {
         **{"after": (), "after_fresh": (), "kernels_at": None, "log_spaced": None, "until_train_error": None},
-        **{"data": {}, "net": {}},
+        **{"evaluate_every": 1, "data": {}, "net": {}},
     }
     assert a_cell().key == "fb61656bb600884da78514fe"
 

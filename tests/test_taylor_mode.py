@@ -11,14 +11,25 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ntk_lightning.kernels.empirical.network_state import functional_call
 from ntk_lightning.kernels.empirical.standard_layers import is_standard
 from ntk_lightning.modules import taylor_expansion as module_of_expansion
 from ntk_lightning.modules.taylor_expansion import taylor_expansion
 from ntk_lightning.modules.taylor_mode import nested_derivatives
-from ntk_lightning.networks import MLP, Erf, MyrtleCNN, NTKConv2d, NTKLinear, Residual
+from ntk_lightning.networks import (
+    MLP,
+    ChannelNorm,
+    Erf,
+    MyrtleCNN,
+    NTKConv1d,
+    NTKConv2d,
+    NTKLinear,
+    Residual,
+    SelfAttention,
+)
 
 
 def shared() -> nn.Sequential:
@@ -52,6 +63,15 @@ def sequences() -> nn.Sequential:
     )
 
 
+def attention() -> nn.Sequential:
+    conv = NTKConv2d(2, 4, (3, 2), (1, 0), stride=(1, 2), padding_mode="circular", bias_std=0.1)
+    return nn.Sequential(conv, ChannelNorm(), SelfAttention(4, 4), nn.Flatten(), NTKLinear(24, 2))
+
+
+def strided() -> nn.Sequential:
+    return nn.Sequential(NTKConv1d(2, 3, 3, "valid", stride=2, bias_std=0.1), nn.Tanh(), nn.Flatten(), NTKLinear(12, 1))
+
+
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "relu": (lambda: MLP(7, 3, 6, bias_std=0.3), (6,)),
     "gelu": (lambda: MLP(7, 2, 6, nn.GELU, num_outputs=3), (6,)),
@@ -62,6 +82,8 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "shared": (shared, (6,)),
     "convolutions": (convolutions, (2, 10, 10)),
     "sequences": (sequences, (2, 9)),
+    "attention": (attention, (2, 3, 4)),
+    "strided": (strided, (2, 9)),
 }
 
 
@@ -83,7 +105,6 @@ def case(name: str) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor], Te
 def nested(net: nn.Module, w0: dict[str, Tensor], d: dict[str, Tensor], x: Tensor, order: int) -> list[Tensor]:
     """Taylor coefficients by jvp of jvp of the whole network."""
     moved = {name: w0[name] for name in d}
-    net = copy.deepcopy(net)  # functional_call does not put back the weights of a layer at two places
     values = nested_derivatives(lambda w: functional_call(net, {**w0, **w}, (x,)), moved, d, order)
     return [value / math.factorial(j) for j, value in enumerate(values)]
 

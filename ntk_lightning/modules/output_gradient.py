@@ -34,7 +34,7 @@ def by_output_gradient(
         not linear in its weights.
     """
     weights = LayerWeights(net, w0)
-    f, calls, edges = record(net, weights, direction, x)
+    f, calls, edges = record(net, weights.at_w0, lambda module: weights.moves(module, direction), x)
     f = f if output is None else f[..., output : output + 1]
     if f.numel() != len(x) or any(type(module) not in LINEAR_IN_WEIGHTS for module, _ in calls):
         return None

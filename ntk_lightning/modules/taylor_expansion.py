@@ -11,7 +11,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ntk_lightning.kernels.empirical.derivatives import (
     ForwardModeWatch,
@@ -21,7 +20,7 @@ from ntk_lightning.kernels.empirical.derivatives import (
 from ntk_lightning.kernels.empirical.inputs import Inputs
 from ntk_lightning.kernels.empirical.layer_by_layer import is_chain
 from ntk_lightning.kernels.empirical.network_function import Output
-from ntk_lightning.kernels.empirical.network_state import Weights, preserved, usable
+from ntk_lightning.kernels.empirical.network_state import Weights, functional_call, preserved, usable
 from ntk_lightning.kernels.empirical.rows import AllocationMeter
 from ntk_lightning.kernels.empirical.standard_layers import is_standard
 from ntk_lightning.modules.gradient_product import by_gradients

@@ -41,6 +41,15 @@ from ntk_lightning.studies.trained import Trained, read_trained, trained_path, w
 __all__ = ["Outcome", "attempt", "cpu_threads", "quiet_lightning", "run_cell", "train"]
 
 
+class _StopWhereEvaluated(StopAtTrainError):
+    """Stop only after epochs that end with an evaluation of the test set, so that a curve has its last point."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the training error and decide, if it is time."""
+        if (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
+            super().on_train_epoch_end(trainer, pl_module)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of a cell.
@@ -171,11 +180,12 @@ def train(cell: Cell, module: LightningModule, data: ImageDataModule, memory: st
     if cell.kernels_at or cell.log_spaced:
         callbacks.append(during)
     if cell.until_train_error is not None:
-        callbacks.append(StopAtTrainError(cell.until_train_error))
+        callbacks.append(_StopWhereEvaluated(cell.until_train_error))
     with TemporaryDirectory() as scratch:  # for the callbacks' own files
         trainer = Trainer(
             default_root_dir=scratch,
             max_epochs=cell.optimizer.epochs,
+            check_val_every_n_epoch=cell.evaluate_every,
             devices=1,
             callbacks=callbacks,
             logger=False,

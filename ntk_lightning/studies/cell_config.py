@@ -31,6 +31,7 @@ class Cell:
         kernels_at: Steps at which K^t is fitted.
         log_spaced: Or their number.
         until_train_error: Stop there.
+        evaluate_every: Epochs of a network in training from one evaluation to the next.
         data: Class path and arguments of the data module.
         net: Class path and arguments of the network.
 
@@ -48,6 +49,7 @@ class Cell:
     kernels_at: tuple[int, ...] | None = None
     log_spaced: int | None = None
     until_train_error: float | None = None
+    evaluate_every: int = 1
     data: Mapping[str, Any] = field(default_factory=dict)
     net: Mapping[str, Any] = field(default_factory=dict)
 

@@ -52,6 +52,8 @@ class Arm:
         after_fresh: The same on fresh samples, K_m^F.
         kernels_at: Fit the network's kernel K^t at these steps t, or at so many logarithmically spaced ones.
         until_train_error: Stop the network where its training error has fallen to this fraction.
+        evaluate_every: Measure a network in training, and decide whether it stops, every so many epochs: on few images
+            the test set is dearer than the training.
         show: Which of the arm's models belong to the figure: "network", "after-kernel", "after-kernel, fresh", "kernel
             during training"; by default all.
 
@@ -66,6 +68,7 @@ class Arm:
     after_fresh: list[int | Literal["m"]] = field(default_factory=list)
     kernels_at: int | list[int] | None = None
     until_train_error: float | None = None
+    evaluate_every: int = 1
     show: list[Model | Kernel] | None = None
 
     def __post_init__(self) -> None:
@@ -90,6 +93,8 @@ class Arm:
             raise ValueError(
                 f"until_train_error of arm {self.label!r} must be in [0, 1], got {self.until_train_error}."
             )
+        if self.evaluate_every < 1:
+            raise ValueError(f"evaluate_every of arm {self.label!r} must be at least 1, got {self.evaluate_every}.")
         made = [self.model, *(kernel for kernel, key in _KERNELS.items() if given[key])]
         if (self.show is not None and not {*self.show} <= {*made}) or self.show == []:
             raise ValueError(f"show = {self.show} of arm {self.label!r} must name some of what it makes: {made}.")
@@ -220,6 +225,7 @@ class StudyConfig:
                 kernels_at=tuple(arm.kernels_at) if isinstance(arm.kernels_at, list) else None,
                 log_spaced=arm.kernels_at if isinstance(arm.kernels_at, int) else None,
                 until_train_error=arm.until_train_error,
+                evaluate_every=arm.evaluate_every,
                 data={**self.data, "init_args": {**arguments, **sizes}},
                 net={**self.net, "init_args": {**self.net.get("init_args", {}), "width": width or 1}},
             )

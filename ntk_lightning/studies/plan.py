@@ -109,7 +109,7 @@ class _Planner:
         measured = self._test(cell) + (cell.n if cell.until_train_error is not None else 0)
         self.plan.samples += epochs * cell.n
         self.plan.spend("training", rates.start + epochs * cell.n * rates.sample)
-        self.plan.spend("evaluating networks", epochs * measured * rates.forward)
+        self.plan.spend("evaluating networks", epochs * measured * rates.forward / cell.evaluate_every)
         self._remember(cell, 0)
 
     def _epochs(self, cell: Cell) -> int:

@@ -83,7 +83,10 @@ class Rates:
         batch = _FULL_BATCH if optimizer.full_batch else optimizer.batch_size
         key = json.dumps([cell.model, dict(cell.net), batch], sort_keys=True)
         if key not in self._training:
-            n, m = min(4 * batch, self.loaded.pool), 64
+            n, m = (
+                min(4 * batch, max(cell.n, self.loaded.pool // 2)),
+                min(64, cell.data.get("init_args", {}).get("n_test", 64)),
+            )
             small = replace(
                 _of_size(cell, n, m),
                 after=(),

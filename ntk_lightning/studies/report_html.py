@@ -112,7 +112,9 @@ def provenance(studies: Iterable[StudyResults]) -> str:
         One sentence.
     """
     rows = [row for study in studies for row in study.rows]
-    versions = _values(f"{row['version']} ({row['git_revision'] or 'unknown revision'})" for row in rows)
+    versions = _values(
+        f"{row['version']} ({row['git_revision']})" if row["git_revision"] else row["version"] for row in rows
+    )
     seconds = sum({row["cell"]: row["seconds"] or 0.0 for row in rows}.values())
     work = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} minutes"
     return f"Run with ntk_lightning {versions}, in {work} of work altogether."

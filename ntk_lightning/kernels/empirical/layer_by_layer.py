@@ -7,10 +7,9 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ntk_lightning.kernels.empirical.inputs import Inputs
-from ntk_lightning.kernels.empirical.network_state import Weights
+from ntk_lightning.kernels.empirical.network_state import Weights, functional_call
 from ntk_lightning.networks import NTKConv1d, NTKConv2d, NTKLinear, Residual
 
 __all__ = ["BILINEAR", "LINEAR_IN_WEIGHTS", "LayerWeights", "is_chain", "walk"]
@@ -112,6 +111,11 @@ class LayerWeights:
             Its output.
         """
         return self._call(module, {}, x, linear)
+
+    def with_weights(self, module: nn.Module, weights: Weights, x: Tensor) -> Tensor:
+        """Run a layer with some other weights, by their names in the network."""
+        own = {key: weights[name] for key, name in self._names[module].items() if name in weights}
+        return self._call(module, own, x, False)
 
     def along(self, module: nn.Module, direction: Weights, x: Tensor, linear: bool = False) -> Tensor:
         """Run a layer with d in place of its weights: the derivative of its output along d, where that is linear in w.

@@ -10,12 +10,13 @@ One forward and one backward pass of the network serve both, for any number of v
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.func import vjp, vmap
+from torch.func import vmap
 
 from ntk_lightning.kernels.empirical.inputs import Inputs
 from ntk_lightning.kernels.empirical.layer_by_layer import LINEAR_IN_WEIGHTS, LayerWeights, is_chain, walk
@@ -29,14 +30,14 @@ Calls = list[tuple[nn.Module, Tensor]]  # layers that move and their inputs a_l;
 
 
 def record(
-    net: nn.Module, weights: LayerWeights, moving: Container[str], x: Tensor
+    net: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], moves: Callable[[nn.Module], bool], x: Tensor
 ) -> tuple[Tensor, Calls, list[GradientEdge]]:
-    """Run a chain at w0, and note the layers that move.
+    """Run a chain, and note the layers that move.
 
     Args:
         net: The chain.
-        weights: w0.
-        moving: Names of the weights that move.
+        run: Runs a layer on its input.
+        moves: Tells whether a layer's weights move.
         x: Inputs (n, ...).
 
     Returns:
@@ -46,8 +47,8 @@ def record(
     edges: list[GradientEdge] = []  # z_l itself need not stay
 
     def layer(module: nn.Module, a: Tensor) -> Tensor:
-        z = weights.at_w0(module, a)
-        if weights.moves(module, moving):
+        z = run(module, a)
+        if moves(module):
             z = z if z.requires_grad else z.detach().requires_grad_()  # gradients begin at the first
             calls.append((module, a.detach()))
             edges.append(get_gradient_edge(z))
@@ -56,55 +57,54 @@ def record(
     return walk(net, x, layer, torch.add), calls, edges
 
 
+@dataclass(frozen=True)
 class _Linearized:
     """The linearization of u^T f at some samples, for one cotangent u, or of all outputs.
 
     Args:
+        weights: Of the network.
         calls: Layers that move, with their inputs a_l.
+        edges: Where each z_l is in the graph.
+        leaves: The weights of each that move, by the network's names, of which z_l alone is a function.
         gradients: Of each, g_l for every cotangent, (U, n, ...).
-        products: What they are of.
         full: Keep the cotangents apart.
     """
 
-    def __init__(self, calls: Calls, gradients: list[Tensor], products: LayerProducts, full: bool) -> None:
-        self.calls, self.gradients, self.products, self.full = calls, gradients, products, full
-
-    @property
-    def nbytes(self) -> int:
-        """What is kept."""
-        return sum(a.nbytes + g.nbytes for (_, a), g in zip(self.calls, self.gradients, strict=True))
+    weights: LayerWeights
+    calls: Calls
+    edges: list[GradientEdge]
+    leaves: list[Weights]
+    gradients: list[Tensor]
+    full: bool
 
     def transposed(self, v: Tensor) -> Weights:
         """J^T of vectors v (k, n), or (k, n, U) for all outputs: the weights' gradients, (k, ...)."""
         total: Weights = {}
-        for (module, a), g in zip(self.calls, self.gradients, strict=True):
+        for edge, leaves, g in zip(self.edges, self.leaves, self.gradients, strict=True):
             if self.full:
                 cotangent = torch.einsum("knu,un...->kn...", v, g)
             else:
                 cotangent = v.reshape(*v.shape, *[1] * (g.dim() - 2)) * g[0]
-            zeros = self.products.own_weights(module)
-            pull = vjp(lambda d, module=module, a=a: self.products.weights.along(module, d, a), zeros)[1]
-            found = (
-                vmap(pull)(cotangent)[0] if len(v) > 1 else {name: p[None] for name, p in pull(cotangent[0])[0].items()}
-            )
-            for name, gradient in found.items():
+            inputs, several = list(leaves.values()), len(v) > 1
+            u = cotangent if several else cotangent[0]
+            found = torch.autograd.grad([edge], inputs, [u], retain_graph=True, is_grads_batched=several)
+            for name, gradient in zip(leaves, found if several else (p[None] for p in found), strict=True):
                 total[name] = total[name] + gradient if name in total else gradient
         return total
 
     def forward(self, directions: Weights) -> Tensor:
         """J of directions (k, ...): (k, n), or (k, n, U) for all outputs."""
         k = len(next(iter(directions.values())))
-        total: Tensor | float = 0.0
-        for (module, a), g in zip(self.calls, self.gradients, strict=True):
-            names = self.products.own_weights(module)
-            own = {name: directions[name] for name in names}
+        terms = []
+        for (module, a), leaves, g in zip(self.calls, self.leaves, self.gradients, strict=True):
+            own = {name: directions[name] for name in leaves}
 
             def along(d: Weights, module: nn.Module = module, a: Tensor = a) -> Tensor:
-                return self.products.weights.along(module, d, a)
+                return self.weights.along(module, d, a)
 
             z = vmap(along)(own) if k > 1 else along({name: d[0] for name, d in own.items()})[None]  # (k, n, ...)
-            total = total + (z.flatten(2)[:, None] * g.flatten(2)).sum(-1)  # (k, U, n)
-        assert isinstance(total, Tensor), "some layer moves"
+            terms.append((z.flatten(2)[:, None] * g.flatten(2)).sum(-1))  # (k, U, n)
+        total = torch.stack(terms).sum(0)
         return total.mT if self.full else total[:, 0]
 
 
@@ -121,11 +121,6 @@ class LayerProducts:
         self.tensors = {name: usable(t, function.dtype) for name, t in (*net.named_parameters(), *net.named_buffers())}
         self.weights = LayerWeights(net, self.tensors)
 
-    def own_weights(self, module: nn.Module) -> Weights:
-        """Zeros for the weights of a layer that move, by the network's names."""
-        names = self.weights.names(module)
-        return {name: torch.zeros_like(self.tensors[name]) for name in names if name in self.function.trainable}
-
     def linearize(self, x: Inputs, cotangent: Tensor | None, num_outputs: int) -> _Linearized:
         """Linearize at some samples.
 
@@ -137,17 +132,28 @@ class LayerProducts:
         Returns:
             The linearization.
         """
+        leaves: list[Weights] = []
+
+        def moves(module: nn.Module) -> bool:
+            return self.weights.moves(module, self.function.trainable)
+
+        def run(module: nn.Module, a: Tensor) -> Tensor:
+            if not moves(module):
+                return self.weights.at_w0(module, a)
+            names = [name for name in self.weights.names(module) if name in self.function.trainable]
+            leaves.append({name: self.tensors[name].detach().requires_grad_() for name in names})
+            return self.weights.with_weights(module, leaves[-1], a)
+
         with torch.enable_grad():
-            f, calls, edges = record(self.function.net, self.weights, self.function.trainable, x.arguments()[0][0])
+            f, calls, edges = record(self.function.net, run, moves, x.arguments()[0][0])
             f = self.function.select(f, len(x)).reshape(len(x), num_outputs)
-        if cotangent is not None:
-            u = cotangent.expand(1, len(x), -1)
-        else:
-            u = torch.eye(num_outputs).to(f)[:, None].expand(-1, len(x), -1)  # (C, n, C)
+        one_hot = torch.eye(num_outputs).to(f)
+        u = (one_hot if cotangent is None else cotangent[None])[:, None].expand(-1, len(x), -1)  # (U, n, C)
         if len(u) > 1:
-            return _Linearized(calls, list(torch.autograd.grad(f, edges, u, is_grads_batched=True)), self, True)
-        gradients = [g[None] for g in torch.autograd.grad(f, edges, u[0])]
-        return _Linearized(calls, gradients, self, cotangent is None)
+            gradients = list(torch.autograd.grad(f, edges, u, retain_graph=True, is_grads_batched=True))
+        else:
+            gradients = [g[None] for g in torch.autograd.grad(f, edges, u[0], retain_graph=True)]
+        return _Linearized(self.weights, calls, edges, leaves, gradients, cotangent is None)
 
 
 def products_of_layers(function: NetworkFunction, x: Inputs) -> LayerProducts | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["ModuleAttributes", "Weights", "copy_network", "preserved", "usable"]
+__all__ = ["ModuleAttributes", "Weights", "copy_network", "functional_call", "preserved", "usable"]
 
 Weights = dict[str, Tensor]  # parameters or directions among them, by name
 
@@ -89,6 +89,32 @@ def preserved(net: nn.Module) -> Iterator[None]:
         yield
     finally:
         attributes.restore()
+
+
+def functional_call(net: nn.Module, tensors: Weights, args: Any, kwargs: Any = None) -> Any:  # noqa: ANN401 - torch's
+    """Call a network with other parameters and buffers, and leave it as it was.
+
+    ``torch.func.functional_call`` puts the tensors of a module that stands at two places back in the wrong order, so
+    that it keeps the other ones, and is no longer tied to other modules.
+
+    Args:
+        net: The network.
+        tensors: Other tensors by name; what is tied to one of them gets it too.
+        args: Positional arguments, in a tuple.
+        kwargs: Keyword arguments.
+
+    Returns:
+        What the network returns.
+    """
+    named = {**dict(net.named_parameters(remove_duplicate=False)), **dict(net.named_buffers(remove_duplicate=False))}
+    given = {id(named[name]): tensor for name, tensor in tensors.items() if name in named}
+    places = {
+        f"{prefix}.{key}" if prefix else key: given[id(tensor)]
+        for prefix, module in net.named_modules()  # each module once
+        for key, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None and id(tensor) in given
+    }
+    return torch.func.functional_call(net, places, args, kwargs, tie_weights=False)
 
 
 def usable(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

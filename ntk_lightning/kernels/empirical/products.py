@@ -21,10 +21,6 @@ __all__ = ["multiply"]
 class _Linearization(Protocol):
     """J at some samples: of u^T f for one cotangent u, or of all outputs."""
 
-    @property
-    def nbytes(self) -> int:
-        """What it keeps."""
-
     def transposed(self, v: Tensor) -> Weights:
         """J^T of vectors (k, n), or (k, n, C): (k, ...)."""
 
@@ -34,8 +30,6 @@ class _Linearization(Protocol):
 
 class _OfRows:
     """The linearization as of any network."""
-
-    nbytes = 0  # it is made again at every call
 
     def __init__(self, rows: Rows, x: Inputs, cotangent: Tensor | None) -> None:
         self.rows, self.x, self.cotangent = rows, x, cotangent
@@ -75,7 +69,7 @@ def multiply(rows: Rows, inputs: list[Inputs], v: Tensor, budget: int) -> Tensor
     products = [v.new_zeros(0)] * len(groups)
     same = len(inputs) == 1 and rows.partner is rows
     for c, c2 in pairs:
-        kept = _Kept(right, x, c2, chunk, budget // 4)
+        kept = _Kept(right, x, c2, chunk, budget // 4 // nbytes)
         for i, group in enumerate(groups):
             directions = _summed(part.transposed(u) for part, u in zip(kept, group.split(chunk, 1), strict=True))
             others = kept if same else _Kept(left, x2, c, chunk, 0)
@@ -101,10 +95,10 @@ class _Side:
 
 
 class _Kept:
-    """Linearizations of a set, chunk by chunk: kept for the next pass as far as the memory goes."""
+    """Linearizations of a set, chunk by chunk; the first so many are kept for the next pass."""
 
-    def __init__(self, side: _Side, x: Inputs, cotangent: Tensor | None, chunk: int, memory: int) -> None:
-        self.side, self.parts, self.cotangent, self.memory = side, x.split(chunk), cotangent, memory
+    def __init__(self, side: _Side, x: Inputs, cotangent: Tensor | None, chunk: int, count: int) -> None:
+        self.side, self.parts, self.cotangent, self.count = side, x.split(chunk), cotangent, count
         self.known: dict[int, _Linearization] = {}
 
     def __iter__(self) -> Iterator[_Linearization]:
@@ -113,9 +107,8 @@ class _Kept:
                 yield self.known[i]
                 continue
             made = self.side.linearize(part, self.cotangent)
-            if made.nbytes <= self.memory:
+            if i < self.count:
                 self.known[i] = made
-                self.memory -= made.nbytes
             yield made
 
 

@@ -5,14 +5,12 @@ Their ``repr`` names the architecture in the keys of stored Grams, so a field th
 what is added to a layer must not change the names of networks that do not use it.
 
 A network is a tuple of layers, each fed with what the one before gives; a sum of two branches is one layer,
-:class:`Sum`, that holds both. Any other way in which values meet is one layer too, a :class:`Graph`.
-:func:`to_graph` turns either form into a graph, which is what the reference evaluates; :func:`to_layers` gives the
-tuple of a graph that is made of sums only.
+:class:`Sum`, that holds both. Any other way in which values meet is one layer too, a :class:`Graph`. The two forms turn
+into each other in :mod:`~ntk_lightning.kernels.infinite.graphs`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal, NamedTuple
 
@@ -39,8 +37,6 @@ __all__ = [
     "Scale",
     "Sum",
     "Window",
-    "to_graph",
-    "to_layers",
 ]
 
 
@@ -165,15 +161,10 @@ class Scale:
 
 @dataclass(frozen=True, repr=False)
 class Norm(_Named):
-    """Layer normalization over channels, at each pixel or over ``pixels`` too: u / sqrt(mean of u^2 + eps).
-
-    ``gain`` and ``bias`` say whether it has trained ones, which are 1 and 0: they add K and 1 to the NTK.
-    """
+    """Layer normalization over channels, at each pixel or over ``pixels`` too: u / sqrt(mean of u^2 + eps)."""
 
     eps: float
     pixels: bool = False
-    gain: bool = False
-    bias: bool = False
     features: tuple[int, ...] | None = field(default=None, repr=False, compare=False)  # what it is made for
     path: str = field(default="", repr=False, compare=False)
 
@@ -244,90 +235,3 @@ Simple = (
 )
 Operation = Simple | Add | Product | Concat
 Layer = Simple | Sum | Graph
-
-
-def to_graph(layers: Sequence[Layer]) -> Graph:
-    """Spread layers out into nodes.
-
-    Args:
-        layers: A network's layers.
-
-    Returns:
-        The same network; a chain has nodes whose inputs are (0,), (1,), (2,) and so on.
-
-    Example:
-        >>> to_graph([Scale(2.0), Sum((Flatten(),), ())]).nodes[1:]
-        (Node(operation=Flatten(), inputs=(1,)), Node(operation=Add(), inputs=(2, 1)))
-    """
-    nodes: list[Node] = []
-
-    def append(operation: Operation, *inputs: int) -> int:
-        nodes.append(Node(operation, inputs))
-        return len(nodes)
-
-    def extend(layers: Sequence[Layer], at: int) -> int:
-        for layer in layers:
-            match layer:
-                case Graph(inner):
-                    places = [at]
-                    for node in inner:
-                        places.append(append(node.operation, *(places[i] for i in node.inputs)))
-                    at = places[-1]
-                case Sum(body, shortcut):
-                    at = append(Add(), extend(body, at), extend(shortcut, at))
-                case _:
-                    at = append(layer, at)
-        return at
-
-    extend(layers, 0)
-    return Graph(tuple(nodes))
-
-
-def to_layers(graph: Graph) -> tuple[Layer, ...]:
-    """Fold a graph into a chain, with sums of two branches as single layers.
-
-    Args:
-        graph: A network's graph.
-
-    Returns:
-        The layers; the graph itself as the only one where its values meet in other ways.
-
-    Example:
-        >>> twice = Node(Flatten(), (1,)), Node(Add(), (2, 1))
-        >>> to_layers(Graph((Node(Scale(2.0), (0,)), *twice)))
-        (Scale(factor=2.0), Sum(body=(Flatten(),), shortcut=()))
-    """
-    fork = [0]  # of each value, the last one before it that every path from the input to it passes
-    for node in graph.nodes:
-        common = node.inputs[0]
-        for other in node.inputs[1:]:
-            while common != other:
-                if common > other:
-                    common = fork[common]
-                else:
-                    other = fork[other]
-        fork.append(common)
-    folded = 0
-
-    def chain(start: int, end: int) -> list[Layer] | None:
-        nonlocal folded
-        layers: list[Layer] = []
-        while end > start:
-            folded += 1
-            node = graph.nodes[end - 1]
-            match node.operation:
-                case Add():
-                    branches = [chain(fork[end], value) for value in node.inputs]
-                    if len(branches) != 2 or None in branches:
-                        return None
-                    body, shortcut = (tuple(branch or ()) for branch in branches)
-                    layers.append(Sum(body, shortcut) if body else Sum(shortcut, body))  # the identity comes second
-                case Product() | Concat():
-                    return None
-                case operation:
-                    layers.append(operation)
-            end = fork[end]
-        return layers[::-1] if end == start else None
-
-    layers = chain(0, len(graph.nodes))
-    return (graph,) if layers is None or folded != len(graph.nodes) else tuple(layers)

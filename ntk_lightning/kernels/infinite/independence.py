@@ -12,10 +12,13 @@ roots,
 and the same for the NTK of sums; of products it follows by the product rule. Equal terms add up, x + x = 2 x; other
 sums and products of dependent values are refused. An activation needs a Gaussian field whose channels all have one
 distribution; of a concatenation of such fields it is the concatenation of their activations.
+
+Longer than 300 lines because the rules of all operations stand here together, with their reasons.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -58,6 +61,7 @@ class Value:
         readout: Whether each of its channels is an affine readout, of the network's last affine layer.
         parts: What it is the concatenation of.
         width: Number of its channels or features, None where that follows from the inputs.
+        axes: Number of its spatial axes, None where that follows from the inputs.
     """
 
     index: int
@@ -71,18 +75,17 @@ class Value:
     readout: bool = False
     parts: tuple[Value, ...] = ()
     width: int | None = None
+    axes: int | None = None
 
 
 class Builder:
-    """Builds a graph, operation by operation, and refuses those without a closed form.
-
-    ``where`` stands before every message; whoever builds sets it to the place of the next operation.
-    """
+    """Builds a graph, and refuses what has no closed form; ``where`` is the place of the next operation."""
 
     def __init__(self) -> None:
         self.input = Value(0, ((0, 1.0),), frozenset({0}), alike=False)
         self.where = ""
         self._nodes: list[Node] = []
+        self._made: dict[Node, Value] = {}  # what has been computed, and need not be again
         self._values = [self.input]
 
     def apply(self, operation: Operation, value: Value) -> Value:
@@ -117,6 +120,7 @@ class Builder:
                     readout=True,
                     parts=(),
                     width=operation.fan_out,
+                    axes=0 if isinstance(operation, Linear) else getattr(operation, "axes", value.axes),
                 )
             case Norm():
                 if not value.centered:
@@ -128,16 +132,19 @@ class Builder:
             case Dropout():
                 return self._append(operation, value, parts=(), gaussian=False, readout=False)
             case Scale(factor):
-                if factor == 0:
-                    raise self._refusal("a product with 0 leaves nothing")
+                if factor == 0 or not math.isfinite(factor):
+                    raise self._refusal(f"a product with {factor:g} has no kernel")
                 terms = tuple((term, factor * coefficient) for term, coefficient in value.terms)
                 return self._append(operation, value, parts=self._each(operation, value), terms=terms)
             case GlobalAvgPool() | GlobalSumPool():
-                return self._append(operation, value, parts=self._each(operation, value), pooled=True)
-            case Flatten() if not value.pooled:
-                return self._append(operation, value, parts=(), flat=True, alike=False, width=None)
-            case Flatten() | Pool():
-                return self._append(operation, value, parts=self._each(operation, value))
+                axes = operation.axes or value.axes
+                return self._append(operation, value, parts=self._each(operation, value), pooled=True, axes=axes)
+            case Flatten() if not value.pooled and value.axes != 0:
+                return self._append(operation, value, parts=(), flat=True, alike=False, width=None, axes=0)
+            case Flatten():
+                return self._append(operation, value, parts=self._each(operation, value), axes=0)
+            case Pool():
+                return self._append(operation, value, parts=self._each(operation, value), axes=operation.axes)
         raise NotImplementedError(f"{operation} has not one input.")
 
     def add(self, left: Value, right: Value) -> Value:
@@ -228,6 +235,8 @@ class Builder:
             The concatenation.
         """
         parts = [part for value in values for part in value.parts or (value,)]
+        if len(parts) == 1:
+            return parts[0]
         widths = tuple(part.width for part in parts)
         known = None if None in widths else sum(width or 0 for width in widths)
         return self._append(
@@ -273,7 +282,10 @@ class Builder:
 
     def _append(self, operation: Operation, *values: Value, **known: object) -> Value:
         """A new value, for which holds what holds for its inputs, but for what is known of it."""
-        self._nodes.append(Node(operation, tuple(value.index for value in values)))
+        node = Node(operation, tuple(value.index for value in values))
+        if node in self._made:
+            return self._made[node]
+        self._nodes.append(node)
         changes: dict[str, object] = {"index": len(self._nodes), "terms": ((len(self._nodes), 1.0),)}
         if len(values) > 1:
             changes |= {
@@ -282,17 +294,20 @@ class Builder:
                 "flat": any(value.flat for value in values),
                 "pooled": all(value.pooled for value in values),
                 "width": next((value.width for value in values if value.width is not None), None),
+                "axes": next((value.axes for value in values if value.axes is not None), None),
                 "parts": (),
             }
         value = replace(values[0], **changes | known)  # type: ignore[arg-type]  # of the fields' types each
         self._values.append(value)
+        if not isinstance(operation, Linear | Conv | Attention | Dropout):  # which have weights or masks of their own
+            self._made[node] = value
         return value
 
     def _check_activation(self, activation: Activation, value: Value) -> None:
         if not value.gaussian:
             raise self._refusal(
                 f"{activation} has no closed form where it stands: its input must be Gaussian. Put an affine layer "
-                "(NTKLinear or NTKConv2d) before it"
+                "(NTKLinear or NTKConv2d) before it; before a sum, at the end of every branch"
             )
         if value.flat:
             raise self._refusal(
@@ -301,4 +316,4 @@ class Builder:
             )
 
     def _refusal(self, message: str) -> ValueError:
-        return ValueError(f"{self.where}{': ' if self.where else ''}{message}.")
+        return ValueError(f"{self.where}: {message}." if self.where else f"{message}.")

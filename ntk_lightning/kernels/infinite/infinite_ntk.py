@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Callable
+from functools import lru_cache
 from types import ModuleType
 from typing import Literal
 
@@ -25,7 +26,8 @@ __all__ = ["InfiniteNTK"]
 Kind = Literal["ntk", "nngp"]
 Backend = Literal["auto", "reference", "cpu", "cuda"]
 
-_REFERENCE_BLOCK_BYTES = 2**19  # of covariances, so that they stay in the cache
+_BLOCK_BYTES = {"cpu": 2**19, "cuda": 2**27}  # of the reference's covariances: in the cache; for all processors
+_VARIANCES_BYTES = 2**30
 
 _log = logging.getLogger(__name__)
 
@@ -34,8 +36,11 @@ class InfiniteNTK:
     """Infinite-width limit of a network's NTK at initialization, or of its output covariance (NNGP).
 
     Jacot et al. (2018, arXiv 1806.07572); for convolutions Arora et al. (2019, arXiv 1904.11955). The network gives the
-    architecture only: neither its width nor its weights matter, which are N(0, 1) in the limit whatever the network
-    holds, and all parameters count as trained, those with ``requires_grad=False`` too.
+    architecture only: its weights do not matter, which are random in the limit whatever the network holds, and all
+    parameters of affine layers count as trained, those with ``requires_grad=False`` too. Nor does its width, but in
+    the standard parameterization, that of plain ``nn.Linear`` and ``nn.Conv``, whose NTK grows with it (Sohl-Dickstein
+    et al., 2020, arXiv 2001.07301). Gains of layer normalization are the constant 1. Dropout is that of the mode which
+    the module is in.
 
     Inputs in float64 give a kernel in float64, all others one in float32. Correlations within a few rounding errors of
     1 count as 1, so equal inputs, and multiples of each other, are exact to rounding.
@@ -47,8 +52,9 @@ class InfiniteNTK:
     NTK of a ReLU network has kinks at equal inputs and multiples: there the gradient is the mean of both sides.
 
     Args:
-        net: ``nn.Sequential`` of this package's layers and the supported layers of ``torch.nn``, compiled by
-            ``torch.compile`` or not. As in PyTorch, sizes of layers and inputs must fit.
+        net: Any module whose ``forward`` is made of operations with a closed form, by ``torch.fx``: this package's
+            layers and the supported ones of ``torch.nn``, sums, products and concatenations of independent branches,
+            and their functions, compiled by ``torch.compile`` or not. As in PyTorch, sizes must fit.
         kind: "ntk" or "nngp".
         backend: What computes it. "reference" is plain PyTorch, in float64 on any device, for every supported
             architecture. "cpu" (float32 and float64) and "cuda" (float32) are compiled, for images and any sequence of
@@ -58,8 +64,10 @@ class InfiniteNTK:
             :meth:`backend_for` tells it.
 
     Raises:
-        TypeError: The network has a layer without a closed form, or with hooks, or uses weights twice.
-        ValueError: Its layers have no closed form in their order, or do not fit each other, or an argument is unknown.
+        TypeError: The network has an operation without a closed form, whose line the message names, or a layer with
+            hooks, or uses weights twice.
+        ValueError: Its operations have no closed form in their order, or layers do not fit each other, or an argument
+            is unknown.
 
     Example:
         >>> from ntk_lightning.networks import MLP
@@ -83,8 +91,9 @@ class InfiniteNTK:
         """Compute the Gram matrix.
 
         Args:
-            x1: Inputs (n1, d) or images (n1, C, H, W).
-            x2: Inputs (n2, ...), or None for the symmetric Gram of x1, of which one half is computed.
+            x1: Inputs (n1, d), sequences (n1, C, L) or images (n1, C, H, W).
+            x2: Inputs (n2, ...), or None for the symmetric Gram of x1, of which one half is computed. Equal inputs
+                are the same samples for dropout.
             progress: Show a progress bar.
 
         Returns:
@@ -116,7 +125,7 @@ class InfiniteNTK:
         """Compute the kernel of every input with itself.
 
         Args:
-            x: Inputs (n, d) or (n, C, H, W).
+            x: Inputs (n, d), (n, C, L) or (n, C, H, W).
 
         Returns:
             The diagonal of the Gram of x, (n,).
@@ -141,7 +150,7 @@ class InfiniteNTK:
         """Tell what computes the kernel of such inputs.
 
         Args:
-            x: Inputs (n, d) or (n, C, H, W).
+            x: Inputs (n, d), (n, C, L) or (n, C, H, W).
             x2: The second inputs, or None; they matter where gradients are asked for.
 
         Returns:
@@ -181,7 +190,7 @@ class InfiniteNTK:
         """Check inputs without computing anything.
 
         Args:
-            x1: Inputs (n1, d) or (n1, C, H, W).
+            x1: Inputs (n1, d), (n1, C, L) or (n1, C, H, W).
             x2: Inputs (n2, ...), or None.
 
         Raises:
@@ -199,25 +208,29 @@ class InfiniteNTK:
         return (x.flatten(1) if isinstance(self.layers[0], Flatten) else x).to(at_least_float32(x.dtype))
 
     def _reference_diagonal(self, x: Tensor) -> Tensor:
-        network, device = reference.Network.of(self.layers, x), "cpu" if x.device.type == "mps" else x.device
-        side = max(1, _REFERENCE_BLOCK_BYTES // (network.entries() * torch.float64.itemsize))
+        network, device = reference.Network.of(self.layers, x), _reference_device(x)
+        side = max(1, _block_entries(device) // network.entries())
         blocks = (block.to(device, torch.float64) for block in x.split(side))
         return torch.cat([reference.diagonal(network, block)[self.kind == "ntk"] for block in blocks]).to(x)
 
     def _reference_gram(self, x1: Tensor, x2: Tensor | None, advance: Callable[[float], None]) -> Tensor:
         symmetric, x2 = x2 is None, x1 if x2 is None else x2
-        device, out = "cpu" if x1.device.type == "mps" else x1.device, x1.new_empty(len(x1), len(x2))  # MPS: no float64
+        device, out = _reference_device(x1), x1.new_empty(len(x1), len(x2))
         network = reference.Network.of(self.layers, x1)
-        side = max(1, int((_REFERENCE_BLOCK_BYTES / (network.entries() * torch.float64.itemsize)) ** 0.5))
+        side = max(1, int((_block_entries(device) / network.entries()) ** 0.5))
         rows = [block.to(device, torch.float64) for block in x1.split(side)]
         columns = rows if symmetric else [block.to(device, torch.float64) for block in x2.split(side)]
         same = symmetric or (x1.shape == x2.shape and torch.equal(x1, x2))
-        own1 = [reference.variances(network, block) for block in rows]
-        own2 = own1 if symmetric else [reference.variances(network, block) for block in columns]
+        most = sum(v.nbytes for v in reference.variances(network, rows[0]).values()) or 1
+
+        @lru_cache(max(2, _VARIANCES_BYTES // most))  # of all blocks, but of attention on many inputs
+        def own(blocks: int, number: int) -> reference.Variances:
+            return reference.variances(network, (rows, columns)[blocks][number])
+
         for i, left in enumerate(rows):
             for j, right in enumerate(columns[i:] if symmetric else columns, i if symmetric else 0):
-                ntk = self.kind == "ntk"
-                block = reference.pairs(network, left, right, own1[i], own2[j], ntk=ntk, same=same and i == j)[ntk]
+                own1, own2, ntk = own(0, i), own(0 if symmetric else 1, j), self.kind == "ntk"
+                block = reference.pairs(network, left, right, own1, own2, ntk=ntk, same=same and i == j)[ntk]
                 places = slice(i * side, i * side + len(left)), slice(j * side, j * side + len(right))
                 if symmetric and i == j:
                     block = block.triu() + block.triu(1).T  # its two halves differ by rounding
@@ -226,6 +239,15 @@ class InfiniteNTK:
                 out[places] = block
                 advance(block.numel() * (1 + (symmetric and i != j)))
         return out
+
+
+def _reference_device(x: Tensor) -> torch.device:
+    """Where the reference computes: in float64, which MPS does not have."""
+    return torch.device("cpu") if x.device.type == "mps" else x.device
+
+
+def _block_entries(device: torch.device) -> int:
+    return _BLOCK_BYTES.get(device.type, _BLOCK_BYTES["cuda"]) // torch.float64.itemsize
 
 
 def _overflow_advice(kernel: Tensor) -> str:

@@ -190,8 +190,8 @@ class _Recursion:
             from ntk_lightning.kernels.infinite.quadrature_numba import hermite_terms
 
             out = self.x.new_empty(2, count, len(self.x))
-            x, weighted, before, h = (k.numpy() for k in (self.x, self.weighted, self.before, self.h))
-            hermite_terms(x, weighted, before, h, first, out.numpy())
+            x, values, before, current = (k.numpy() for k in (self.x, self.weighted, self.before, self.h))
+            hermite_terms(x, values, before, current, first, out.numpy())
             return out
         polynomials = []
         for n in range(first, first + count):

@@ -108,8 +108,8 @@ def _power(builder: Builder, value: Value, exponent: Any) -> Value:  # noqa: ANN
 def _cat(builder: Builder, tensors: Sequence[Value], dim: int = 0) -> Value:
     if not isinstance(tensors, list | tuple) or not all(isinstance(value, Value) for value in tensors):
         raise NotSupported("it must concatenate a list of values")
-    flat = all(value.pooled or value.flat for value in tensors)
-    if dim != 1 and not (flat and dim == -1):
+    vectors = all(value.axes == 0 for value in tensors)
+    if dim != 1 and not (vectors and dim == -1):
         raise NotSupported("channels are concatenated with dim=1")
     return builder.concat(tensors)
 
@@ -127,13 +127,23 @@ def _view(builder: Builder, value: Value, *shape: Any) -> Value:  # noqa: ANN401
     return builder.apply(Flatten(), value)
 
 
+def _squeeze(builder: Builder, value: Value, *dims: Any) -> Value:  # noqa: ANN401
+    given = set(dims[0] if len(dims) == 1 and isinstance(dims[0], list | tuple) else dims)
+    if value.readout and value.axes == 0 and value.width == 1 and given in ({-1}, {1}):
+        return value  # (n, 1) to (n,)
+    all_axes = {1: ({-1}, {2}), 2: ({-1, -2}, {2, 3})}.get(value.axes or 0, ())
+    if not value.pooled or given not in all_axes:
+        raise NotSupported("it may only take away all spatial axes, after a global pooling: use x.flatten(1)")
+    return builder.apply(Flatten(), value)
+
+
 def _over_pixels(kinds: Callable[[int], Operation]) -> Callable[..., Value]:
     """A mean or a sum over all pixels."""
 
     def apply(builder: Builder, value: Value, dim: Any = None, keepdim: bool = False) -> Value:  # noqa: ANN401
         dims = {dim} if isinstance(dim, int) else set(dim) if isinstance(dim, list | tuple) else set()
         axes = {frozenset({2}): 1, frozenset({-1}): 1, frozenset({2, 3}): 2, frozenset({-1, -2}): 2}
-        if frozenset(dims) not in axes:
+        if axes.get(frozenset(dims)) not in ({1, 2} if value.axes is None else {value.axes}):
             raise NotSupported("it must be over all pixels: dim=(2, 3) of images, dim=2 of sequences")
         pooled = builder.apply(kinds(axes[frozenset(dims)]), value)
         return pooled if keepdim else builder.apply(Flatten(), pooled)
@@ -196,6 +206,7 @@ FUNCTIONS: dict[object, Callable[..., Any]] = {
     torch.mean: _MEAN,
     torch.sum: _SUM,
     torch.reshape: _view,
+    torch.squeeze: _squeeze,
     F.avg_pool1d: _module(nn.AvgPool1d),
     F.avg_pool2d: _module(nn.AvgPool2d),
     F.adaptive_avg_pool1d: _module(nn.AdaptiveAvgPool1d),
@@ -241,6 +252,7 @@ METHODS: dict[str, Callable[..., Any]] = {
         )
     },
     "view": _view,
+    "squeeze": _squeeze,
     **dict.fromkeys(("contiguous", "clone"), _same),
     "size": _size,
 }

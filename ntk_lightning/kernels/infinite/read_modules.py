@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
 
 from ntk_lightning import networks
 from ntk_lightning.kernels.infinite.activations import ACTIVATIONS, read_activation
@@ -24,6 +24,8 @@ from ntk_lightning.kernels.infinite.architecture import (
 )
 
 __all__ = ["known_class", "read_module", "supported"]
+
+_log = logging.getLogger(__name__)
 
 _UNIT_FAN_IN = 3**-0.5  # standard deviation of PyTorch's initial weights at unit fan-in: U(-1, 1)
 
@@ -96,14 +98,21 @@ def _norm(module: Any, path: str) -> Norm | None:  # noqa: ANN401
     else:
         features = tuple(module.normalized_shape)
         pixels = len(features) > 1
-    gain, bias = module.weight, getattr(module, "bias", None)
-    for parameter, start in ((gain, 1), (bias, 0)):
+    trained = False
+    for parameter, start in ((module.weight, 1), (getattr(module, "bias", None), 0)):
         if parameter is not None and not bool((parameter.detach() == start).all()):
             raise TypeError(
                 f"{path} has gains other than 1 or biases other than 0: reset them, or take it without "
                 "(elementwise_affine=False, affine=False)."
             )
-    return Norm(module.eps, pixels, gain is not None, bias is not None, features=features, path=path)
+        trained |= parameter is not None and parameter.requires_grad
+    if trained:
+        _log.warning(
+            "%s has gains and biases that require gradients. The infinite-width kernel holds them at 1 and 0; to have "
+            "the same of a finite network, take the layer without them or call %s.requires_grad_(False).",
+            *(path, path),
+        )
+    return Norm(module.eps, pixels, features=features, path=path)
 
 
 def _attention(module: Any, path: str) -> Attention | None:  # noqa: ANN401
@@ -191,15 +200,13 @@ def read_module(module: nn.Module, path: str) -> Operation | tuple[()] | None:
         Its operation, () where it changes nothing, or None where its options have no closed form.
 
     Raises:
-        TypeError: Its parameters are not initialized, or gains are not 1.
+        TypeError: Gains are not 1, or a function is not pointwise.
         ValueError: Its options make no sense.
 
     Example:
         >>> read_module(nn.AvgPool2d(2), "net.3")
         Pool(kernel_size=2, stride=2)
     """
-    if any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters(recurse=False)):
-        raise TypeError(f"{path} has no sizes yet: run the network on data once.")
     for kind, (_, reader) in _READERS.items():
         if isinstance(module, kind):
             return reader(module, path)

@@ -14,6 +14,8 @@ standard parameterization the layer's own part of the new Theta is fan_in A(K) +
 What an activation, a normalization or attention needs of each input alone, its variances, is computed once an input
 (:func:`variances`), not for every pair (:func:`pairs`). Where no layer mixes pixels before they are flattened, only
 covariances of equal pixels are held.
+
+Longer than 300 lines because every operation has its formula here, side by side.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ntk_lightning.kernels.infinite.activations import ROUNDING, Activation, Near, dual_activation
-from ntk_lightning.kernels.infinite.alignment import after_activation, after_affine, input_alignment
+from ntk_lightning.kernels.infinite.activations import Activation, Near, dual_activation
+from ntk_lightning.kernels.infinite.alignment import after_activation, after_affine
 from ntk_lightning.kernels.infinite.architecture import (
     Add,
     Attention,
@@ -47,8 +49,9 @@ from ntk_lightning.kernels.infinite.architecture import (
     Pool,
     Product,
     Scale,
-    to_graph,
 )
+from ntk_lightning.kernels.infinite.graphs import to_graph
+from ntk_lightning.kernels.infinite.input_covariances import covariance, own_covariance
 from ntk_lightning.kernels.infinite.linear_maps import attend, axes_of, equal_pixels, pool, sum_over_window
 from ntk_lightning.kernels.infinite.shapes import Size, follow
 
@@ -148,7 +151,7 @@ def diagonal(network: Network, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     own: Variances = {}
     block = _Block(network, own, own, alone=True, same=True, ntk=True)
-    out = block.run(_Fields(_own_covariance(x, network.full[0])))
+    out = block.run(_Fields(own_covariance(x, network.full[0])))
     return out.nngp, torch.zeros_like(out.nngp) if out.ntk is None else out.ntk
 
 
@@ -165,7 +168,7 @@ def variances(network: Network, x: Tensor) -> Variances:
         matrix, (n, P, P).
     """
     own: Variances = {}
-    _Block(network, own, own, alone=True, same=True, ntk=False).run(_Fields(_own_covariance(x, network.full[0])))
+    _Block(network, own, own, alone=True, same=True, ntk=False).run(_Fields(own_covariance(x, network.full[0])))
     return own
 
 
@@ -193,9 +196,9 @@ def pairs(
     Returns:
         NNGP and NTK, each (n1, n2).
     """
-    nngp, near = _covariance(x1, x2, network.full[0])
+    nngp, near = covariance(x1, x2, network.full[0])
     if x1 is x2:
-        own = _own_covariance(x1, network.full[0])
+        own = own_covariance(x1, network.full[0])
         nngp.diagonal().copy_(own.movedim(0, -1))  # equal to the last bit, so that correlations are one
     block = _Block(network, own1, own2, alone=False, same=x1 is x2 if same is None else same, ntk=ntk)
     out = block.run(_Fields(nngp, None, near))
@@ -250,10 +253,9 @@ class _Block(NamedTuple):
                     return _activated(operation, k, left, right)._replace(near=near)
                 nngp, derivative = dual_activation(operation, k.nngp, left, right, k.near)
                 return _Fields(nngp, None if k.ntk is None else k.ntk * derivative, near)
-            case Norm(eps, _, gain, bias):
+            case Norm(eps):
                 left, right = ((v + eps).rsqrt() for v in self._sides(i, spatial, full))
-                k = k.map(lambda c: c * left * right)
-                return k._replace(ntk=_plus(k.ntk, k.nngp * gain + bias)) if self.ntk and (gain or bias) else k
+                return k.map(lambda c: c * left * right)
             case Attention():
                 return self._attention(i, operation, k, spatial)
             case Dropout(keep):
@@ -348,17 +350,18 @@ class _Block(NamedTuple):
 def _activated(activation: Activation, k: _Fields, left: Tensor, right: Tensor) -> _Fields:
     """An activation, piece by piece, so that what its formulas hold in between stays in the cache."""
     nngp, ntk = torch.empty_like(k.nngp), None if k.ntk is None else torch.empty_like(k.ntk)
-    for piece in _pieces(k.nngp.shape):
+    for piece in _pieces(k.nngp):
         nngp[piece], derivative = dual_activation(activation, k.nngp[piece], _cut(left, piece), _cut(right, piece))
         if ntk is not None and k.ntk is not None:
             torch.mul(k.ntk[piece], derivative, out=ntk[piece])
     return _Fields(nngp, ntk)
 
 
-def _pieces(shape: torch.Size) -> Iterator[tuple[slice, ...]]:
+def _pieces(k: Tensor) -> Iterator[tuple[slice, ...]]:
     """Parts of a tensor whose entries lie one after another, small enough for the cache."""
-    threads = torch.get_num_threads()
-    most = 2**14 if threads == 1 else 2**15 * threads  # which PyTorch shares out
+    shape, most = k.shape, 2**15 * torch.get_num_threads()  # which PyTorch shares out
+    if k.device.type != "cpu":
+        most = k.numel()
     split = next(d for d in range(len(shape)) if math.prod(shape[d + 1 :]) <= most)
     step = max(1, most // math.prod(shape[split + 1 :]))
     for lead in itertools.product(*map(range, shape[:split])):
@@ -384,37 +387,3 @@ def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def _total(covariances: Iterable[Tensor]) -> Tensor:
     return reduce(operator.add, covariances)
-
-
-def _covariance(x1: Tensor, x2: Tensor, full: bool) -> tuple[Tensor, Near | None]:
-    """Mean over channels of products of pixels of all pairs of inputs; of vectors, (n1, n2)."""
-    channels = x1.shape[1]
-    if x1.dim() == 2:
-        k = x1 @ x2.T / channels
-        better, near = input_alignment(k.detach(), x1.detach(), x2.detach())
-        return (k + (better - k.detach()), None) if k.requires_grad else (better, near)
-    rows1, rows2 = (x.movedim(1, -1).flatten(1, -2) for x in (x1, x2))  # (n, P, C)
-    if full:  # (n1, P, n2, P)
-        k = _aligned(rows1.flatten(0, 1), rows2.flatten(0, 1)).view(len(x1), -1, len(x2), rows2.shape[1])
-        k = k.movedim(2, 1)
-    else:
-        k = _aligned(rows1.movedim(1, 0), rows2.movedim(1, 0)).movedim(0, -1).contiguous()
-    return k.reshape(len(x1), len(x2), *x1.shape[2:], *(x2.shape[2:] if full else ())), None
-
-
-def _aligned(rows1: Tensor, rows2: Tensor) -> Tensor:
-    """Covariances of pixels (..., m1, C) and (..., m2, C), those of multiples of each other to rounding."""
-    k = rows1 @ rows2.mT / rows1.shape[-1]
-    if rows1.shape[-1] <= ROUNDING:  # sums round less than what counts as a correlation of 1
-        return k
-    known = k.detach().reshape(-1, *k.shape[-2:])
-    pixels = zip(known, *(rows.detach().reshape(-1, *rows.shape[-2:]) for rows in (rows1, rows2)), strict=True)
-    return k + (torch.stack([input_alignment(*pixel)[0] for pixel in pixels]).view_as(k) - k.detach())
-
-
-def _own_covariance(x: Tensor, full: bool) -> Tensor:
-    """Covariance of every input with itself, (n, H, W, H, W) or (n, H, W); of vectors, (n,)."""
-    if not full:
-        return (x * x).mean(1)
-    rows = x.flatten(2)
-    return (rows.mT @ rows / x.shape[1]).view(len(x), *x.shape[2:], *x.shape[2:])

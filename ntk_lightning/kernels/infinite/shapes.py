@@ -22,8 +22,8 @@ from ntk_lightning.kernels.infinite.architecture import (
     Pool,
     Product,
     Window,
-    to_graph,
 )
+from ntk_lightning.kernels.infinite.graphs import to_graph
 
 __all__ = ["Size", "check_shape", "follow"]
 
