@@ -117,7 +117,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
             conv(3),
             Residual(
                 nn.Sequential(nn.ReLU(), conv(), Residual(nn.Sequential(nn.GELU(), conv())), nn.ReLU(), conv()),
-                nn.Sequential(Residual(nn.Sequential(nn.ReLU(), conv())), conv(size=1)),
+                nn.Sequential(Residual(nn.Sequential(nn.LeakyReLU(0.2), conv())), conv(size=1)),
             ),
             nn.ReLU(),
             *end(),
@@ -172,9 +172,17 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
     ),
     "norms": (
         lambda: nn.Sequential(
-            *(conv(3), ChannelNorm(1e-3), nn.ReLU(), conv(bias=0.3), nn.GroupNorm(1, 2), nn.GELU(), conv(size=1)),
+            *(
+                conv(3),
+                ChannelNorm(1e-3),
+                nn.ReLU(),
+                conv(bias=0.3),
+                nn.GroupNorm(1, 2, affine=False),
+                nn.GELU(),
+                conv(size=1),
+            ),
             *(nn.GroupNorm(1, 2, affine=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), NTKLinear(2, 4)),
-            *(nn.LayerNorm(4), nn.ReLU(), NTKLinear(4, 1)),
+            *(nn.LayerNorm(4, elementwise_affine=False), nn.ReLU(), NTKLinear(4, 1)),
         ),
         (3, 4, 5),
     ),

@@ -17,8 +17,9 @@ Both backends, ``fused_cpu`` and ``fused_cuda``, have one function of the same s
 with ``layers`` from :func:`~ntk_lightning.kernels.infinite.lift.parse`, checked by :func:`unsupported`;
 ``kind`` "ntk" or "nngp"; checked images ``x1`` (n1, C, H, W) and ``x2`` (n2, C, H, W), or None for the symmetric
 Gram of x1, of which one half is computed; ``advance`` to be called with the number of entries of the result just
-finished. The result has the dtype and the device of x1. It runs the levels of :func:`plan`, and :func:`finish` turns
-what they give into the kernel.
+finished. The result has the dtype and the device of x1. The CUDA kernel runs the levels of :func:`plan`, the CPU kernel
+the operations of :mod:`~ntk_lightning.kernels.infinite.fused_cpu_program`, which are more: residual sums, strides,
+filters and pooling windows of any size, normalizations. :func:`finish` turns what either gives into the kernel.
 
 Longer than 300 lines for the formulas above, which both backends rest on.
 """
@@ -225,7 +226,7 @@ def finish(
             case Norm(eps):
                 scale = (variances[0][:, None] + eps).rsqrt() * (variances[1] + eps).rsqrt()
                 nngp, variances = nngp * scale, [v / (v + eps) for v in variances]
-                ntk = ntk * scale + (layer.gain * nngp + layer.bias)
+                ntk = ntk * scale
             case Activation():
                 nngp, derivative = dual_activation(layer, nngp, variances[0][:, None], variances[1])
                 ntk, variances = ntk * derivative, [dual_activation(layer, v, v, v)[0] for v in variances]

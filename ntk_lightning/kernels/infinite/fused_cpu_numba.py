@@ -270,7 +270,7 @@ def _box(buffers: Any, op: Any, plane: Any) -> None:
 
 
 @_compiled
-def _point(buffers: Any, op: Any, plane: Any, paired: bool, source: int, own_weight: float, own_bias: float) -> None:
+def _point(buffers: Any, op: Any, plane: Any, paired: bool, source: int) -> None:
     """Apply an activation, or a normalization, to a plane."""
     work, left, right = buffers
     pixels, step, at = op.height * op.width, LANES if paired else 1, 0
@@ -287,8 +287,7 @@ def _point(buffers: Any, op: Any, plane: Any, paired: bool, source: int, own_wei
             nngp, slope = duals(kind, odd, even, tiny, load(work, source + at), numbers1, numbers2)
             store(work, target + at, nngp)
             if op.mode > 0:
-                ntk = slope * load(work, source + op.gap + at)
-                store(work, target + op.gap + at, ntk + (own_weight * nngp + own_bias))
+                store(work, target + op.gap + at, slope * load(work, source + op.gap + at))
             at1 += step
             at2 += LANES
             at += LANES
@@ -477,8 +476,7 @@ def _operate(buffers: Any, op: Any, dy: int, dx: int, paired: bool, fill: bool) 
     elif op.code == COPY:
         _copy(buffers.work, op, op.source, op.gap, plane.rows * plane.columns * LANES, False)
     else:
-        source, own_weight, own_bias = op.source, op.own_weight, op.own_bias
-        fused = False
+        source, fused = op.source, False
         if op.code != POINT:
             first = op.code == IMAGES3
             fused = (
@@ -489,11 +487,11 @@ def _operate(buffers: Any, op: Any, dy: int, dx: int, paired: bool, fill: bool) 
                 and (op.mode != 2 or not first)
             )
             _convolve3(buffers, op, plane, paired, fused)
-            source, own_weight, own_bias = op.target, 0.0, 0.0
+            source = op.target
         if op.kind != LINEAR and not fused:
             if fill and dy == 0 and dx == 0:  # the activation's numbers come from this very plane
                 _write_numbers(buffers, op, source)
-            _point(buffers, op, plane, paired, source, own_weight, own_bias)
+            _point(buffers, op, plane, paired, source)
 
 
 @_compiled

@@ -91,7 +91,7 @@ class Operation:
     """One step on a plane.
 
     With S the sum over the windows, a convolution is K <- weight S(K) + bias and
-    Theta <- weight S(Theta) + own_weight S(K) + own_bias; a normalization adds own_weight K + own_bias to Theta.
+    Theta <- weight S(Theta) + own_weight S(K) + own_bias.
     ``share`` is how many pixels of the level's beginning one pixel before the operation stands for.
     """
 
@@ -346,16 +346,13 @@ def _fuses(layer: Layer, following: Layer) -> bool:
     """Whether an activation is computed along with the convolution before it."""
     if not isinstance(layer, Conv) or _windows(layer) != (_THREE, _THREE):
         return False
-    if isinstance(following, Norm):
-        return not (following.gain or following.bias)
-    return isinstance(following, Activation) and following != Activation("relu", 1.0)
+    return isinstance(following, Norm | Activation) and following != Activation("relu", 1.0)
 
 
 def _kind(layer: Layer) -> dict[str, Any]:
     """What an operation knows of an activation, or of a normalization."""
     if isinstance(layer, Norm):
-        own = {"own_weight": float(layer.gain), "own_bias": float(layer.bias)} if layer.gain or layer.bias else {}
-        return {"kind": NORM, "odd": float(layer.pixels), "even": layer.eps, **own}
+        return {"kind": NORM, "odd": float(layer.pixels), "even": layer.eps}
     assert isinstance(layer, Activation)
     _check_compiled(layer)
     slope = layer.negative_slope
