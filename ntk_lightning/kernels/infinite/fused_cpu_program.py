@@ -151,7 +151,7 @@ def read(layers: Sequence[Layer], shape: Sequence[int]) -> Network:
     """Translate layers.
 
     Args:
-        layers: From :func:`ntk_lightning.kernels.infinite.architecture.parse`, with shapes checked.
+        layers: From :func:`ntk_lightning.kernels.infinite.lift.parse`, with shapes checked.
         shape: (H, W) of the images in pixels, (L,) of sequences, which are images of height 1.
 
     Returns:
@@ -161,10 +161,10 @@ def read(layers: Sequence[Layer], shape: Sequence[int]) -> Network:
         Unsupported: The compiled kernel does not have a layer, or not where it stands.
 
     Example:
-        >>> from ntk_lightning.kernels.infinite.architecture import parse
+        >>> from ntk_lightning.kernels.infinite.lift import parse
         >>> from ntk_lightning.networks import MyrtleCNN
         >>> [len(level.operations) for level in read(parse(MyrtleCNN(depth=5)), (8, 8)).levels]
-        [3, 2, 2]
+        [2, 2, 2]
     """
     ends = [i for i, layer in enumerate(layers) if isinstance(layer, GlobalAvgPool | GlobalSumPool | Flatten | Linear)]
     if any(isinstance(layer, Graph) for layer in layers):
