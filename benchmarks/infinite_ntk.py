@@ -1,4 +1,4 @@
-"""The infinite NTK of Myrtle networks on CPUs: speed beside neural-tangents, scaling, accuracy, memory, first call.
+"""The infinite NTK on CPUs: speed beside neural-tangents, and of Myrtle networks scaling, accuracy, memory, first call.
 
 neural-tangents 0.6.5 needs an environment of its own; name its Python by --neural-tangents or by the environment
 variable NEURAL_TANGENTS_PYTHON. It runs under jax.jit in float32 on all cores, compiled before the clock starts, in the
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from infinite_networks import networks
 from machine import machine
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,32 +32,6 @@ from ntk_lightning.kernels import InfiniteNTK
 from ntk_lightning.networks import MyrtleCNN
 
 RESULTS = Path(__file__).parent / "results" / "infinite_ntk_cpu.json"
-
-NEURAL_TANGENTS = """
-import sys, time
-import jax, numpy as np
-from neural_tangents import stax
-
-def myrtle(depth):
-    layers = []
-    for block, convolutions in enumerate({5: (2, 1, 1), 10: (3, 3, 3)}[depth]):
-        if block:
-            layers.append(stax.AvgPool((2, 2), strides=(2, 2)))
-        for _ in range(convolutions):
-            layers += [stax.Conv(1, (3, 3), padding="SAME", W_std=2**0.5), stax.Relu()]
-    return stax.serial(*layers, stax.GlobalAvgPool(), stax.Dense(1, W_std=2**0.5))[2]
-
-batch = int(sys.argv[1])
-x1, x2 = np.random.default_rng(0).standard_normal((2, batch, 32, 32, 3)).astype(np.float32)
-compiled = {
-    depth: jax.jit(lambda a, b, kernel=myrtle(depth): kernel(a, b, "ntk")).lower(x1, x2).compile() for depth in (5, 10)
-}
-print("ready", flush=True)
-for line in sys.stdin:
-    wall, cpu = time.perf_counter(), time.process_time()
-    compiled[int(line)](x1, x2).block_until_ready()
-    print(time.perf_counter() - wall, time.process_time() - cpu, flush=True)
-"""
 
 MEMORY = """
 import re, torch
@@ -95,13 +70,13 @@ def seconds(work: Callable[[], object]) -> tuple[float, float]:
 
 
 @contextmanager
-def neural_tangents(python: str | None, batch: int) -> Iterator[Callable[[int], tuple[float, float]] | None]:
-    """A function that times one batch of a depth in the other environment, or None."""
+def neural_tangents(python: str | None, batch: int) -> Iterator[Callable[[str], tuple[int, float, float]] | None]:
+    """A function that times one batch of a network in the other environment and tells its images a side, or None."""
     if not python:
         print("neural-tangents is skipped: set NEURAL_TANGENTS_PYTHON to the Python of its environment.")
         yield None
         return
-    command = [python, "-c", NEURAL_TANGENTS, str(batch)]
+    command = [python, str(Path(__file__).with_name("infinite_networks_stax.py")), str(batch)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, text=True, env=environment, **pipes) as process:
@@ -112,40 +87,47 @@ def neural_tangents(python: str | None, batch: int) -> Iterator[Callable[[int], 
                 f"neural-tangents does not run in {Path(python).name}; install neural-tangents==0.6.5 jax==0.4.30."
             )
 
-        def run(depth: int) -> tuple[float, float]:
+        def run(name: str) -> tuple[int, float, float]:
             assert process.stdin
             assert process.stdout
-            print(depth, file=process.stdin, flush=True)
-            wall, cpu = process.stdout.readline().split()
-            return float(wall), float(cpu)
+            print(name, file=process.stdin, flush=True)
+            images, wall, cpu = process.stdout.readline().split()
+            return int(images), float(wall), float(cpu)
 
         yield run
         process.stdin.close()
 
 
-def speed(python: str | None, batch: int, rounds: int) -> list[dict[str, Any]]:
-    print(f"\nFloat32 NTK at 32x32, medians of {rounds} rounds in turn")
-    print(f"{'':10}{'pairs/s':>12}{'per core':>12}{'neural-tangents':>18}{'per core':>12}{'ratio':>8}{'per core':>10}")
-    x1, x2 = torch.randn(2, 32, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    rows = []
+def speed(python: str | None, batch: int, rounds: int, only: str) -> list[dict[str, Any]]:
+    print(f"\nFloat32 NTK, medians of {rounds} rounds in turn")
+    title = f"{'':46}{'backend':>10}{'pairs/s':>12}{'per core':>12}"
+    print(f"{title}{'neural-tangents':>18}{'per core':>12}{'ratio':>8}{'per core':>10}")
+    generator, rows = torch.Generator().manual_seed(0), []
     with neural_tangents(python, batch) as other:
-        for depth in (5, 10):
-            kernel = InfiniteNTK(MyrtleCNN(1, depth), backend="cpu")
+        for name, (net, shape, images) in networks().items():
+            if only not in name:
+                continue
+            x1, x2 = torch.randn(2, images, *shape, generator=generator)
+            kernel = InfiniteNTK(net)
             kernel(x1[:2], x2[:2])
-            ours, theirs = [], []
+            ours, theirs, side = [], [], 1
             for _ in range(rounds):
-                ours.append(seconds(lambda kernel=kernel: kernel(x1, x2)))
+                ours.append(seconds(lambda kernel=kernel, x1=x1, x2=x2: kernel(x1, x2)))
                 if other:
-                    theirs.append(other(depth))
-            row: dict[str, Any] = {"network": f"Myrtle-{depth}"}
-            row["pairs_per_s"], row["pairs_per_core_s"] = (1024 / statistics.median(t) for t in zip(*ours, strict=True))
-            line = f"{row['network']:10}{row['pairs_per_s']:12.0f}{row['pairs_per_core_s']:12.0f}"
+                    side, *times = other(name)
+                    theirs.append(times)
+            row: dict[str, Any] = {"network": name, "shape": list(shape), "backend": kernel.backend_for(x1)}
+            pairs = (images**2 / statistics.median(t) for t in zip(*ours, strict=True))
+            row["pairs_per_s"], row["pairs_per_core_s"] = pairs
+            label = f"{name} ({'x'.join(map(str, shape))})"
+            line = f"{label:46}{row['backend']:>10}{row['pairs_per_s']:12.0f}{row['pairs_per_core_s']:12.0f}"
             if other:
                 names = "neural_tangents_pairs_per_s", "neural_tangents_pairs_per_core_s"
-                row |= zip(names, (batch**2 / statistics.median(t) for t in zip(*theirs, strict=True)), strict=True)
+                row |= zip(names, (side**2 / statistics.median(t) for t in zip(*theirs, strict=True)), strict=True)
+                row["neural_tangents_batch"] = side
                 row["ratio"] = row["pairs_per_s"] / row[names[0]]
                 row["ratio_per_core"] = row["pairs_per_core_s"] / row[names[1]]
-                line += f"{row[names[0]]:18.2f}{row[names[1]]:12.2f}{row['ratio']:8.0f}{row['ratio_per_core']:10.0f}"
+                line += f"{row[names[0]]:18.4g}{row[names[1]]:12.4g}{row['ratio']:8.3g}{row['ratio_per_core']:10.3g}"
             print(line, flush=True)
             rows.append(row)
     return rows
@@ -216,8 +198,9 @@ def child(code: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--neural-tangents", metavar="PYTHON", default=os.environ.get("NEURAL_TANGENTS_PYTHON"))
-    parser.add_argument("--batch", type=int, default=8, help="images a side of neural-tangents' batch")
+    parser.add_argument("--batch", type=int, default=8, help="images a side of neural-tangents' batch, at most")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="of the networks beside neural-tangents, those whose names have it")
     options = parser.parse_args()
     versions = {name: importlib.metadata.version(name) for name in ("numba", "llvmlite")}
     result: dict[str, Any] = {"machine": machine() | versions}
@@ -226,7 +209,7 @@ def main() -> None:
     child(FIRST_CALL)  # compiles where that has not been done yet
     result["first_call_of_a_second_process_s"] = statistics.median(child(FIRST_CALL) for _ in range(3))
     print(f"First call of a second process, after the imports: {result['first_call_of_a_second_process_s']:.2f} s")
-    result["speed"] = speed(options.neural_tangents, options.batch, options.rounds)
+    result["speed"] = speed(options.neural_tangents, options.batch, options.rounds, options.only)
     result["scaling"] = scaling(options.rounds)
     result["accuracy"] = accuracy()
     result["peak_mib_n2000_16x16"] = child(MEMORY)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ntk_lightning.kernels import InfiniteNTK, kernel_key
-from ntk_lightning.kernels.infinite import fused_cpu, fused_cpu_numba
+from ntk_lightning.kernels.infinite import fused_cpu, fused_cpu_program
 from ntk_lightning.kernels.infinite.activations import (
     ACTIVATIONS,
     Activation,
@@ -88,14 +88,15 @@ def test_a_name_without_a_row_is_refused(backend: str) -> None:
 
 
 def test_the_table_names_the_cpu_kernel_where_it_has_the_activation() -> None:
-    assert {name for name, row in ACTIVATIONS.items() if "cpu" in row.compiled} == set(fused_cpu._KINDS)
+    assert {name for name, row in ACTIVATIONS.items() if "cpu" in row.compiled} == set(fused_cpu_program._KINDS)
 
 
 def test_no_branch_of_the_cpu_kernel_falls_through(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.rand(2, 1, 4, 4)
-    with pytest.raises(NotImplementedError, match="cube"):
+    with pytest.raises(fused_cpu_program.Unsupported, match="cube"):
         fused_cpu.gram(LAYERS, "ntk", x, None, lambda _: None)
-    monkeypatch.setitem(fused_cpu._KINDS, "cube", 1 + max(fused_cpu_numba.LINEAR, *fused_cpu._KINDS.values()))
+    monkeypatch.setitem(fused_cpu_program._KINDS, "cube", 1 + fused_cpu_program.NORM)
+    monkeypatch.setattr(fused_cpu_program, "_check_compiled", lambda _: None)
     assert fused_cpu.gram(LAYERS, "ntk", x, None, lambda _: None).isnan().all()
 
 
@@ -248,7 +249,7 @@ def test_functions_with_a_closed_form_are_recognized() -> None:
 
 
 def test_compiled_backends_refuse_the_quadrature() -> None:
-    for activation in (nn.Tanh(), Pointwise(torch.sin), Pointwise(lambda u: u**2)):
+    for activation in (nn.Tanh(), Pointwise(torch.tan), Pointwise(lambda u: u**2)):
         net = nn.Sequential(NTKConv2d(1, 1, 3), activation, nn.Flatten(), NTKLinear(16, 1))
         x = torch.ones(2, 1, 4, 4)
         assert InfiniteNTK(net).backend_for(x) == "reference"

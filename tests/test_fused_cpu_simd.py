@@ -13,7 +13,7 @@ from ntk_lightning.kernels.infinite.fused_cpu_simd import (
     absolute,
     broadcast,
     copysign,
-    even_odd,
+    exp,
     load,
     polynomial,
     sqrt,
@@ -36,7 +36,7 @@ def _run(a: NDArray[np.float64], out: NDArray[np.float64]) -> None:
         above(x, 0.0, y),
         broadcast(a, 5),
         zeros(a),
-        even_odd(x, y),
+        exp(30.0 * x),
         cubic(x),
     )
     for i in range(len(results)):
@@ -54,7 +54,6 @@ def test_every_operation_equals_numpy(dtype: type) -> None:
     out = np.full(10 * LANES, np.nan, dtype)
     _run(a, out)
     x, y = a[1:17], a[17:33]
-    both = np.concatenate([x, y])
     expected = [
         x + y,
         x - 2 * y,
@@ -64,7 +63,7 @@ def test_every_operation_equals_numpy(dtype: type) -> None:
         np.where(x > 0, x, y),
         np.full(16, a[5]),
         np.zeros(16),
-        both[::2] + both[1::2],
+        np.exp(30 * x),
         0.5 - x + 2 * x**2 + 0.25 * x**3,
     ]
     rounding = 50 * float(np.finfo(dtype).eps)

@@ -61,16 +61,17 @@ def test_auto_picks_and_says_the_backend_once(caplog: pytest.LogCaptureFixture) 
 
 def test_auto_names_the_obstacle(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    kernel = InfiniteNTK(nn.Sequential(NTKConv2d(3, 3, 3, stride=2), nn.Flatten(), NTKLinear(12, 1)))
-    assert kernel.backend_for(images(1, 3, 4, 4)) == "reference"
-    assert "stride=2" in caplog.text
+    kernel = InfiniteNTK(nn.Sequential(NTKConv2d(3, 3, 3, padding_mode="circular"), nn.Flatten(), NTKLinear(48, 1)))
+    for _ in range(2):
+        assert kernel.backend_for(images(1, 3, 4, 4)) == "reference"
+    assert caplog.text.count("circular padding") == 1  # said once
 
 
 @pytest.mark.parametrize(
     ("net", "backend", "shape", "obstacle"),
     [
         (MLP(2, 1, 4), "cpu", (4,), "vectors"),
-        (nn.Sequential(NTKConv2d(1, 1, 5), nn.Flatten(), NTKLinear(36, 1)), "cpu", (1, 6, 6), "kernel_size=5"),
+        (nn.Sequential(NTKConv2d(1, 1, 3), nn.Tanh(), nn.Flatten(), NTKLinear(36, 1)), "cpu", (1, 6, 6), "quadrature"),
         (MyrtleCNN(1), "cuda", (3, 4, 4), "inputs are on cpu"),
     ],
 )

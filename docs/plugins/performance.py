@@ -50,9 +50,9 @@ def tables() -> dict[str, str]:
                 [
                     row["network"],
                     f"{row['pairs_per_s']:.0f}",
-                    _number(row, "neural_tangents_pairs_per_s", ".2f"),
-                    _number(row, "ratio", ".0f"),
-                    _number(row, "ratio_per_core", ".0f"),
+                    _number(row, "neural_tangents_pairs_per_s", ".4g"),
+                    _number(row, "ratio", ".4g"),
+                    _number(row, "ratio_per_core", ".4g"),
                 ]
                 for row in infinite["speed"]
             ],

@@ -262,7 +262,7 @@ def _named_only(name: str) -> tuple[tuple[type[nn.Module], ...], Callable[[nn.Mo
     return (), lambda _: Activation(name)
 
 
-_BOTH = frozenset({"cpu", "cuda"})
+_CPU, _BOTH = frozenset({"cpu"}), frozenset({"cpu", "cuda"})
 ACTIVATIONS: dict[str, Row] = {
     "relu": Row(
         *("nn.ReLU, nn.LeakyReLU", (nn.ReLU, nn.LeakyReLU), _read_relu, _relu, _BOTH),
@@ -275,10 +275,26 @@ ACTIVATIONS: dict[str, Row] = {
         variance=lambda *_: 1.0,
         float32_variance=100.0,  # then it is nearly a step, whose derivative is that of ReLU's second
     ),
-    "sin": Row("Pointwise(torch.sin)", *_named_only("sin"), _sin),
-    "cos": Row("Pointwise(torch.cos)", *_named_only("cos"), _cos),
-    "exp": Row("Pointwise(torch.exp)", *_named_only("exp"), _exp),
-    "sign": Row("Pointwise(torch.sign)", *_named_only("sign"), _sign),
+    "sin": Row(
+        *("Pointwise(torch.sin)", *_named_only("sin"), _sin, _CPU),
+        variance=lambda *_: 1.0,
+        float32_variance=4.0,  # of exponentials, whose relative error is that of their exponent
+    ),
+    "cos": Row(
+        *("Pointwise(torch.cos)", *_named_only("cos"), _cos, _CPU),
+        variance=lambda *_: 1.0,
+        float32_variance=4.0,  # of exponentials, whose relative error is that of their exponent
+    ),
+    "exp": Row(
+        *("Pointwise(torch.exp)", *_named_only("exp"), _exp, _CPU),
+        variance=lambda variance, _: math.exp(min(2 * variance, 700.0)),
+        float32_variance=4.0,  # of exponentials, whose relative error is that of their exponent
+    ),
+    "sign": Row(
+        *("Pointwise(torch.sign)", *_named_only("sign"), _sign, _CPU),
+        variance=lambda *_: 1.0,
+        float32_variance=0.0,  # its NNGP is as sensitive to correlations near 1 as the NTK of others
+    ),
     "quadrature": Row(
         ", ".join([*(f"nn.{kind.__name__}" for kind in MODULES), "Pointwise(any function)"]),
         *((*MODULES, Pointwise), _read_pointwise, _quadrature),

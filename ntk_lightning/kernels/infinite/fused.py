@@ -17,30 +17,44 @@ Both backends, ``fused_cpu`` and ``fused_cuda``, have one function of the same s
 with ``layers`` from :func:`~ntk_lightning.kernels.infinite.lift.parse`, checked by :func:`unsupported`;
 ``kind`` "ntk" or "nngp"; checked images ``x1`` (n1, C, H, W) and ``x2`` (n2, C, H, W), or None for the symmetric
 Gram of x1, of which one half is computed; ``advance`` to be called with the number of entries of the result just
-finished. The result has the dtype and the device of x1. It runs the levels of :func:`plan`, and :func:`finish` turns
-what they give into the kernel.
+finished. The result has the dtype and the device of x1. The CUDA kernel runs the levels of :func:`plan`, the CPU kernel
+the operations of :mod:`~ntk_lightning.kernels.infinite.fused_cpu_program`, which are more: residual sums, strides,
+filters and pooling windows of any size, normalizations. :func:`finish` turns what either gives into the kernel.
 
 Longer than 300 lines for the formulas above, which both backends rest on.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ntk_lightning.kernels.infinite.activations import ACTIVATIONS, Activation, dual_activation
-from ntk_lightning.kernels.infinite.architecture import Conv, Flatten, GlobalAvgPool, Layer, Linear, Pool
+from ntk_lightning.kernels.infinite.architecture import (
+    Conv,
+    Flatten,
+    GlobalAvgPool,
+    GlobalSumPool,
+    Layer,
+    Linear,
+    Norm,
+    Pool,
+    Scale,
+    Sum,
+)
+from ntk_lightning.kernels.infinite.fused_cpu_program import Head, Unsupported, read
 
 __all__ = [
     "Convolution",
     "Plan",
     "finish",
     "near_duplicates",
+    "needs_variances",
     "pixel_variances",
     "plan",
     "saturates",
@@ -106,8 +120,16 @@ def unsupported(layers: Sequence[Layer], shape: tuple[int, ...], backend: str) -
         >>> unsupported([Linear(1.0, 0.0)], (), "cpu")
         'its inputs are vectors, not images'
     """
-    if len(shape) != 2:
+    if not shape:
         return "its inputs are vectors, not images"
+    if backend == "cpu":
+        try:
+            read(layers, shape)
+        except Unsupported as obstacle:
+            return str(obstacle)
+        return None
+    if len(shape) != 2:
+        return "its inputs are sequences, not images"
     flat = False
     previous: Layer | None = None
     for layer in layers:
@@ -168,7 +190,7 @@ def plan(layers: Sequence[Layer]) -> Plan:
 
 
 def finish(
-    head: Sequence[Linear | Activation],
+    head: Sequence[Head],
     kind: str,
     nngp: Tensor,
     ntk: Tensor,
@@ -196,12 +218,35 @@ def finish(
     for layer in head:
         match layer:
             case Linear(weight_std, bias_std):
+                own = None if layer.gradient is None else layer.gradient[0] * nngp + layer.gradient[1]
                 nngp, *variances = (weight_std**2 * k + bias_std**2 for k in (nngp, *variances))
-                ntk = weight_std**2 * ntk + nngp
+                ntk = weight_std**2 * ntk + (nngp if own is None else own)
+            case Scale(factor):
+                nngp, ntk, *variances = (factor**2 * k for k in (nngp, ntk, *variances))
+            case Norm(eps):
+                scale = (variances[0][:, None] + eps).rsqrt() * (variances[1] + eps).rsqrt()
+                nngp, variances = nngp * scale, [v / (v + eps) for v in variances]
+                ntk = ntk * scale
             case Activation():
                 nngp, derivative = dual_activation(layer, nngp, variances[0][:, None], variances[1])
                 ntk, variances = ntk * derivative, [dual_activation(layer, v, v, v)[0] for v in variances]
     return ntk if kind == "ntk" else nngp
+
+
+def needs_variances(head: Sequence[Head]) -> bool:
+    """Tell whether :func:`finish` needs the variances.
+
+    Args:
+        head: Of the network.
+
+    Returns:
+        Whether an activation or a normalization stands in it.
+
+    Example:
+        >>> needs_variances([Linear(1.0, 0.0), Activation("relu")])
+        True
+    """
+    return any(isinstance(layer, Activation | Norm) for layer in head)
 
 
 def near_duplicates(x1: Tensor, x2: Tensor, distance: float) -> Iterator[tuple[int, Tensor]]:
@@ -232,11 +277,11 @@ def near_duplicates(x1: Tensor, x2: Tensor, distance: float) -> Iterator[tuple[i
                 yield start + row, candidates[different]
 
 
-def saturates(network: Plan, x: Tensor) -> bool:
-    """Tell whether images are so bright that float32 does not hold an activation's derivative: an erf is nearly a step.
+def saturates(layers: Sequence[Layer], x: Tensor) -> bool:
+    """Tell whether images are so bright that float32 does not hold an activation's duals: an erf is nearly a step.
 
     Args:
-        network: From :func:`plan`.
+        layers: Accepted by :func:`unsupported`.
         x: Images (n, C, H, W).
 
     Returns:
@@ -246,18 +291,35 @@ def saturates(network: Plan, x: Tensor) -> bool:
         >>> from ntk_lightning.kernels.infinite.lift import parse
         >>> from ntk_lightning.networks import Erf, NTKConv2d, NTKLinear
         >>> net = torch.nn.Sequential(NTKConv2d(1, 1, 3), Erf(), torch.nn.Flatten(), NTKLinear(4, 1))
-        >>> [saturates(plan(parse(net)), scale * torch.ones(1, 1, 2, 2)) for scale in (1, 255)]
+        >>> [saturates(parse(net), scale * torch.ones(1, 1, 2, 2)) for scale in (1, 255)]
         [False, True]
     """
-    bound = float(x.square().mean(1).max())
-    for convolution in chain(*network.levels):
-        bound = 9 * convolution.weight_variance * bound + convolution.bias_variance
-        if convolution.activation:
-            row = ACTIVATIONS[convolution.activation.name]
-            if bound > row.float32_variance:
-                return True
-            bound = row.variance(bound, convolution.activation)
-    return False
+    return _largest_variance(layers, float(x.square().mean(1).max()), x[0, 0].numel()) == math.inf
+
+
+def _largest_variance(layers: Sequence[Layer], bound: float, pixels: int) -> float:
+    """A bound on the variances after layers; infinite where one is above the limit of an activation."""
+    for layer in layers:
+        match layer:
+            case Conv():
+                bound = layer.weight_std**2 * bound + layer.bias_std**2
+            case Activation(name):
+                row = ACTIVATIONS[name]
+                if bound > row.float32_variance:
+                    return math.inf
+                bound = row.variance(bound, layer)
+            case Norm():
+                bound = pixels if layer.pixels else 1.0
+            case Scale(factor):
+                bound *= factor**2
+            case Pool():
+                size = math.prod(window.size for window in layer.windows)
+                bound *= (size / (layer.divisor or size)) ** 2
+            case Sum(body, shortcut):
+                bound = _largest_variance(body, bound, pixels) + _largest_variance(shortcut, bound, pixels)
+            case GlobalAvgPool() | GlobalSumPool() | Flatten():
+                break
+    return bound
 
 
 def pixel_variances(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:

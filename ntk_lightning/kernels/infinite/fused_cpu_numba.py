@@ -1,36 +1,23 @@
-"""Compiled code that streams the covariances of pairs of images through a network, tile by tile.
+"""Compiled code that takes the covariances of 16 pairs of images at once through a network, plane by plane.
 
-For one pair of images and one vertical offset dy = y' - y, the covariances K[(y, x), (y + dy, x')] are a stack of
-tiles, one a row y of the first image. A tile has a row for each pixel x of that row, and in it the pixels x' of row
-y + dy of the second image:
+For pairs of images, the covariances K[p, p + D] of one offset D = (dy, dx) are a *plane*: a row for each y, an entry
+for each x for which p = (y, x) and p + D are pixels. An entry is one vector, of 16 pairs of images. No operation but
+pooling mixes planes:
 
-                     x' = 0   1   2   3
-            x = 0         a   .   .   .      One tile at width 4. A 3x3 convolution adds, to each entry b, its
-                1         .   b   .   .      neighbours a and c on the tile's diagonal, (x - 1, x' - 1) and
-                2         .   .   c   .      (x + 1, x' + 1), which is b's diagonal sum, and then the diagonal
-                3         .   .   .   d      sums at the same place in the tiles of rows y - 1 and y + 1.
+    convolution   sums over a window inside the plane; with stride s, plane D becomes plane D / s, and planes whose
+                  offset s does not divide are never computed: s^2 times fewer;
+    activation    pointwise, with two numbers of pixel p of the first image and two of pixel p + D of the second;
+    sum           of two planes in two *slots* of ``work``;
+    pooling       plane D is added to the planes D' of the following *level* with |D - stride D'| < window, which are
+                  all that is ever stored.
 
-An activation is pointwise. So tiles stream through all layers between two poolings, a *level*, while they are in the
-innermost cache, and 2x2 pooling adds four entries of a tile to one entry of a tile of the following level, which is all
-that is ever stored: 1/16 of the covariance. The first covariance comes from the two images as it is needed.
+A level is what lies between two poolings. Its *operations*, one record each, run one after the other on a plane, which
+is small enough to stay in the cache. The *schedule* lists (level, dy) in the order in which what a level needs is
+complete: planes of few rows dy are open at any time. Where slots, stored planes and pixels' numbers lie, and what the
+fields of the records mean, stands in :mod:`~ntk_lightning.kernels.infinite.fused_cpu_records`. A slot holds the plane
+of the NNGP and, a fixed gap behind it, that of the NTK; each is compact, row after row.
 
-A convolution gives row y when the diagonal sums of row y + 1 arrive, so each lags one row. At ``time`` t, the
-convolution number ``stage`` takes in ``row`` t - stage and gives ``row - 1``, which is what the next one takes in.
-With three rows and two convolutions:
-
-    time    0     1     2     3     4
-    row     0     1     2     -           comes into stage 0
-            -     0     1     2           is given by stage 0 and comes into stage 1
-                  -     0     1     2     is given by stage 1 and pooled
-
-Of the tiles before the one that comes in, a stage keeps the diagonal sums: ``older`` of row - 2, ``newer`` of row - 1.
-Having given row - 1, it writes those of row over the older ones; at the next time the two have changed roles.
-
-In memory a row of a tile holds the pixels x' of one or more images of the second set side by side, as many as fill the
-vectors, and then zeros up to the ``pitch``, a multiple of 16 entries. Where only offset 0 is needed, a tile is a single
-row of pixels (x, x), and the neighbours lie in that row. A tile is named by the index of its first entry in one flat
-buffer, ``work``; the NTK's tile lies a fixed gap behind the NNGP's. The records of levels and convolutions are laid
-out, and their fields explained, in :mod:`ntk_lightning.kernels.infinite.fused_cpu`.
+The first images of 16 pairs are one and the same (its numbers are broadcast), or 16 different ones (``paired``).
 
 Longer than 300 lines, since Numba compiles these functions into one another and caches them by this file.
 """
@@ -38,35 +25,27 @@ Longer than 300 lines, since Numba compiles these functions into one another and
 # ruff: noqa: ANN401 - vectors and records exist in compiled code only, where they have no Python type
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from numba import njit
-from numpy.polynomial import Chebyshev, Polynomial
 from numpy.typing import NDArray
 
-from ntk_lightning.kernels.infinite.activations import less_its_sine
-from ntk_lightning.kernels.infinite.fused_cpu_simd import (
-    LANES,
-    above,
-    absolute,
-    broadcast,
-    copysign,
-    even_odd,
-    load,
-    polynomial,
-    positive,
-    sqrt,
-    store,
-    zeros,
+from ntk_lightning.kernels.infinite.fused_cpu_duals import duals, pixel_numbers
+from ntk_lightning.kernels.infinite.fused_cpu_program import (
+    ADD,
+    BOX,
+    COPY,
+    IMAGES,
+    IMAGES3,
+    LINEAR,
+    NORM,
+    POINT,
+    RELU,
 )
+from ntk_lightning.kernels.infinite.fused_cpu_simd import LANES, broadcast, load, store, zeros
 
-__all__ = ["ERF", "GELU", "LINEAR", "RELU", "Buffers", "Records", "run_block"]
-
-RELU, ERF, GELU, LINEAR = 0, 1, 2, 3
+__all__ = ["Buffers", "Records", "run_block"]
 
 Array = NDArray[Any]
 Vector = Any
@@ -78,9 +57,10 @@ class Buffers(NamedTuple):
     """Numbers of one precision: of the first levels in that of the inputs, of the deep ones in float64.
 
     Args:
-        work: Tiles, (entries,).
-        left: Of the first images, (images, entries): pixels, then for each activation two numbers a pixel.
-        right: The same of the second images, (groups of images that lie side by side, entries).
+        work: Slots and stored planes, (entries,).
+        left: Of the first images, (images, entries) or, paired, (groups of 16 images, entries x 16): pixels, then for
+            each activation two numbers a pixel.
+        right: The same of the second images, (groups of 16 images, entries x 16).
     """
 
     work: Array
@@ -89,394 +69,516 @@ class Buffers(NamedTuple):
 
 
 class Records(NamedTuple):
-    """The network, one record a level and a convolution, and one of what all of them share."""
+    """The network: one record a level and an operation, tables of offsets, and the schedule."""
 
     levels: Array
-    convolutions: Array
-    run: Array
+    operations: Array
+    offsets: Array  # dx of each level in order, then where in the store each dy and each dx lies
+    schedule: Array  # (level, dy)
 
 
-class _Run(NamedTuple):
-    """The same, for one pair: whether it is an image with itself, and where its sums go, (images, 2)."""
+class _Plane(NamedTuple):
+    """One plane before an operation: its offset, its first pixel, its rows and columns."""
 
-    levels: Array
-    convolutions: Array
-    shared: Any
-    itself: bool
-    sums: Array
-
-
-class _Tiles(NamedTuple):
-    """Where a convolution finds and leaves its tiles in ``work``, and the pixels of its activation."""
-
-    source: int  # the tile that comes in,
-    source_gap: int  # and from there to that of the NTK
-    target: int  # the tile that is given
-    newer: int  # diagonal sums of the tile before the one that comes in,
-    older: int  # and of the one before that
-    left: int  # the activation's numbers of the first image's row, in ``left``,
-    right: int  # and of the second images' rows, in ``right``
-
-
-def _fit(function: Callable[[Any], Any]) -> Any:
-    """Polynomials on [0, 1] that are right to the precision of each type."""
-    fits = [Chebyshev.interpolate(function, degree, domain=[0, 1]) for degree in (6, 19)]
-    single, double = (fit.convert(kind=Polynomial, domain=[-1, 1], window=[-1, 1]).coef.tolist() for fit in fits)
-    return polynomial(single, double)
-
-
-def _arccos(t: Any) -> Any:
-    return (2 / np.pi) * np.arccos(t) / np.sqrt(1 - t)
-
-
-def _arcsin_slope(t: Any) -> Any:
-    root = np.sqrt(1 - t)
-    return (1 / (1 + root) - (2 / np.pi) * np.arcsin(t) / t) / root
-
-
-def _bow(t: Any) -> Any:
-    angle = 2 * np.arcsin(np.sqrt((1 - t) / 2))  # arccos(t)
-    difference = less_its_sine(*(torch.from_numpy(np.asarray(a)) for a in (angle, np.sin(angle), t)))
-    return difference.numpy() / (1 - t) ** 1.5
-
-
-# With t = |r| and one square root, root = sqrt(1 - t):
-#     arcsin(t) = pi/2 (1 - root arc(t)),    sqrt(1 - r^2) + r arcsin(r) = pi/2 (t + root arc_integral(t)),
-# without the cancellation at small t, arcsin(t) = pi/2 t (1 / (1 + root) - root arc_slope(t)),
-# and without that at t near 1, arccos(t) - t sqrt(1 - t^2) = root^3 bow(t).
-_arc = _fit(_arccos)
-_arc_integral = _fit(lambda t: (2 / np.pi) * np.sqrt(1 + t) - t * _arccos(t))
-_arc_slope = _fit(_arcsin_slope)
-_arc_bow = _fit(_bow)
-
-
-@_compiled
-def _pixel_numbers(kind: int, even: float, variance: float) -> tuple[float, float]:
-    """What an activation needs of a pixel; an overflow must not look like a correlation of 0."""
-    deviation = math.sqrt(max(variance, 0.0))  # where pooling cancels, rounding may leave less
-    inverse = 1 / deviation if deviation > 0 else 0.0
-    if variance == math.inf:
-        return math.nan, math.nan
-    if kind == RELU:
-        return inverse, math.sqrt(even) * deviation
-    if kind == ERF:
-        return 1 / math.sqrt(1 + 2 * variance), inverse
-    return 1 / math.sqrt(1 + variance), deviation
+    dy: int
+    dx: int
+    y: int
+    x: int
+    rows: int
+    columns: int
 
 
 @_inlined
-def _activate(
-    kind: int,
-    odd: float,
-    even: float,
-    tiny: float,
-    k: Vector,
-    numbers1: tuple[Vector, Vector],
-    numbers2: tuple[Vector, Vector],
-) -> tuple[Vector, Vector]:
-    """E[phi(u) phi(v)] and E[phi'(u) phi'(v)], the formulas of :mod:`~ntk_lightning.kernels.infinite.activations`.
+def _plane(dy: int, dx: int, height: int, width: int) -> Any:
+    return _Plane(dy, dx, max(0, -dy), max(0, -dx), max(0, height - abs(dy)), max(0, width - abs(dx)))
+
+
+@_inlined
+def _product(left: Array, right: Array, at1: int, at2: int, pixels: int, channels: int, paired: bool) -> Vector:
+    """Mean over channels of products of pixels."""
+    total = zeros(right)
+    for _ in range(channels):
+        pixel = load(left, at1) if paired else broadcast(left, at1)
+        total = total + pixel * load(right, at2)
+        at1 += pixels * LANES if paired else pixels
+        at2 += pixels * LANES
+    return total
+
+
+@_compiled
+def _images(buffers: Any, op: Any, plane: Any, paired: bool) -> None:
+    """Write the mean over channels of products of pixels, by whose root the images were divided; the NTK is zero."""
+    work, left, right = buffers
+    at, width, pixels = op.target, op.width, op.height * op.width
+    for y in range(plane.y, plane.y + plane.rows):
+        for x in range(plane.x, plane.x + plane.columns):
+            at1, at2 = y * width + x, ((y + plane.dy) * width + x + plane.dx) * LANES
+            at1 = at1 * LANES if paired else at1
+            store(work, at, _product(left, right, at1, at2, pixels, op.channels, paired))
+            if op.mode == 2:
+                store(work, at + op.gap, zeros(work))
+            at += LANES
+
+
+@_inlined
+def _conv3(
+    buffers: Any, op: Any, plane: Any, kind: int, mode: int, images: bool, paired: bool, own: bool, accumulate: bool
+) -> None:
+    """Run a 3x3 convolution of stride 1 that keeps the size, and its activation, row by row.
+
+    The row sums k of each row of the plane, of three neighbours, are kept for two rows in a ring: having taken in row
+    ``time`` it gives row ``time`` - 1, from ``older`` of row - 1, ``newer`` of row and those just made.
 
     Args:
-        kind: Number of the activation.
-        odd: Of ReLU: phi(u) = sqrt(odd) u + sqrt(even) |u|.
-        even: The same.
-        tiny: Correlations within it of 1 count as 1, as those of equal pixels round.
-        k: Covariances.
-        numbers1: Of the pixels of the first image, from :func:`_pixel_numbers`.
-        numbers2: Of those of the second one.
-
-    Returns:
-        Both, NaN for an unknown activation.
-    """
-    (first1, second1), (first2, second2) = numbers1, numbers2
-    if kind == RELU:  # first: 1 / deviation; second: sqrt(even) deviation
-        r = k * first2 * first1
-        t = absolute(r)
-        root = sqrt(above(1.0 - t, tiny, 0.0))
-        mean = odd * k + even * absolute(k) + second1 * second2 * (root * _arc_integral(t))
-        return mean, odd + even * copysign(1.0 - root * _arc(t), r)
-    ab = first1 * first2  # of erf and GELU, first: a and b
-    a2, b2 = first1 * first1, first2 * first2
-    if kind == ERF:  # second: 1 / deviation
-        t = absolute(k * second2 * second1)
-        sine2 = a2 + (1.0 - a2) * (b2 + (1.0 - b2) * (above(1.0 - t, tiny, 0.0) * (1.0 + t)))
-        cosine = 2.0 * (k * ab)
-        t = absolute(cosine)
-        root = sqrt(sine2 / (1.0 + t))  # of 1 - t, and arcsin to relative precision, for dark images
-        arcsin = cosine * (1.0 / (1.0 + root) - root * _arc_slope(t))
-        return arcsin, (4 / math.pi) * ab / sqrt(sine2)
-    if kind == GELU:  # second: deviation
-        scale = second1 * second2
-        t = absolute(k) / above(scale, 0.0, 1.0)
-        q = above(1.0 - t, tiny, 0.0) * (1.0 + t)
-        p = scale * ab
-        m = p * p * q
-        sine2 = above(a2 + (1.0 - a2) * b2 + m, 0.0, 1.0)  # 0 in the zeros that fill a row only
-        inverse = 1.0 / sqrt(sine2)
-        cosine = k * ab
-        t = absolute(cosine)
-        u = sine2 / (1.0 + t)
-        small = u * sqrt(u) * _arc_bow(t)
-        bow = positive(cosine, math.pi - small, small)
-        density = ab * inverse
-        mean = p * scale * q * (sine2 * inverse) + k * bow + cosine * cosine * density
-        slope = bow + cosine * (density * (ab + density * inverse) - m * inverse)
-        return (0.5 / math.pi) * mean, (0.5 / math.pi) * slope
-    nothing = k * math.nan
-    return nothing, nothing
-
-
-@_compiled
-def _first_covariance(buffers: Any, level: Any, shared: Any, y1: int, y2: int) -> None:
-    """Write the tile of the mean over channels of products of pixels, whose roots the images were divided by."""
-    work, left, right = buffers
-    rows, pitch, tile, channels, flat = level.rows, level.pitch, level.scratch, shared.channels, shared.flat
-    at1, at2 = y1 * level.left_pitch, y2 * pitch
-    gap1, gap2 = level.height * level.left_pitch, level.height * pitch  # from channel to channel
-    for x in range(rows):
-        for c in range(0, pitch, LANES):
-            total = zeros(work)
-            for channel in range(channels):
-                at = at1 + channel * gap1
-                pixel = load(left, at + c) if flat else broadcast(left, at + x)
-                total = total + pixel * load(right, at2 + channel * gap2 + c)
-            store(work, tile + x * pitch + c, total)
-
-
-@_inlined
-def _diagonal_sum(work: Array, at: int, neighbour: int, masks: int, pitch: int) -> Vector:
-    """Add to an entry its neighbours on the tile's diagonal, where they are pixels of the same image."""
-    before = load(work, at - neighbour) * load(work, masks)
-    return load(work, at) + before + load(work, at + neighbour) * load(work, masks + pitch)
-
-
-@_inlined
-def _convolve(
-    buffers: Any,
-    level: Any,
-    convolution: Any,
-    tiles: Any,
-    kind: int,
-    coming: bool,
-    going: bool,
-    mode: int,
-    flat: bool,
-) -> None:
-    """Take one tile into a convolution and, one row behind, give one tile out of its activation.
-
-    Args:
-        buffers: Of one pair.
-        level: Its record.
-        convolution: Its record.
-        tiles: Where its tiles are.
-        kind: Number of the activation; a constant where the loops are to have no branches, like the next four.
-        coming: Whether a tile comes in.
-        going: Whether one is given.
-        mode: 0 for the NNGP alone, 1 for the first convolution, whose NTK is its NNGP, 2 for the others.
-        flat: Whether tiles have a single row.
+        buffers: Of these pairs.
+        op: The record.
+        plane: Where it runs.
+        kind: Number of the activation; a constant where the loop is to have no branches, like all that follow.
+        mode: 0 for the NNGP alone, 1 where the NTK so far is zero, 2 else.
+        images: Whether it convolves images, whose covariances are computed as they are needed.
+        paired: Whether the first images differ.
+        own: Whether the convolution's own part of the NTK is not its NNGP.
+        accumulate: Whether to add to the target.
     """
     work, left, right = buffers
-    rows, pitch, neighbour, masks, gap = level.rows, level.pitch, level.neighbour, level.masks, level.span
-    tiny, weight, bias = level.tiny, convolution.weight, convolution.bias  # in loops, stores could change a record
-    odd, even = convolution.odd, convolution.even
-    source, older, newer, target = tiles.source, tiles.older, tiles.newer, tiles.target
-    at1, second1 = tiles.left, tiles.left + level.height * level.left_pitch
-    at2, second2 = tiles.right, tiles.right + level.height * pitch
-    for x in range(rows):
-        for c in range(0, pitch, LANES):
-            at = x * pitch + c
-            k = zeros(work)
-            theta = zeros(work)
-            if coming:  # diagonal sums of row
-                k = _diagonal_sum(work, source + at, neighbour, masks + c, pitch)
-                if mode == 2:
-                    theta = _diagonal_sum(work, source + tiles.source_gap + at, neighbour, masks + c, pitch)
-            if going:  # those of three rows make row - 1
-                nngp = weight * (k + load(work, older + at) + load(work, newer + at)) + bias
-                ntk = nngp
-                if mode == 2:
-                    ntk = nngp + weight * (theta + load(work, older + gap + at) + load(work, newer + gap + at))
-                if kind != LINEAR:
-                    if flat:
-                        numbers1 = load(left, at1 + c), load(left, second1 + c)
-                    else:
-                        numbers1 = broadcast(left, at1 + x), broadcast(left, second1 + x)
-                    numbers2 = load(right, at2 + c), load(right, second2 + c)
-                    nngp, slope = _activate(kind, odd, even, tiny, nngp, numbers1, numbers2)
-                    ntk = ntk * slope
-                store(work, target + at, nngp)
-                if mode > 0:
-                    store(work, target + gap + at, ntk)
-            if coming:  # written over those of row - 2
-                store(work, older + at, k)
-                if mode == 2:
-                    store(work, older + gap + at, theta)
-
-
-@_compiled
-def _dispatch(
-    buffers: Any,
-    level: Any,
-    convolution: Any,
-    tiles: Any,
-    coming: bool,
-    going: bool,
-    mode: int,
-    flat: bool,
-) -> None:
-    """Run :func:`_convolve`, where it takes most of the time without a branch in its loops."""
-    if not going:
-        _convolve(buffers, level, convolution, tiles, LINEAR, True, False, mode, False)
-    elif convolution.kind == RELU and not flat and coming and mode == 1:
-        _convolve(buffers, level, convolution, tiles, RELU, True, True, 1, False)
-    elif convolution.kind == RELU and not flat and coming and mode == 2:
-        _convolve(buffers, level, convolution, tiles, RELU, True, True, 2, False)
-    elif convolution.kind == RELU:
-        _convolve(buffers, level, convolution, tiles, RELU, coming, True, mode, flat)
-    else:
-        _convolve(buffers, level, convolution, tiles, convolution.kind, coming, True, mode, flat)
-
-
-@_compiled
-def _write_pixel_numbers(buffers: Any, level: Any, convolution: Any, tiles: Any, coming: bool, flat: bool) -> None:
-    """Write what the activation needs of every pixel of one row, from the covariance of an image with itself."""
-    work, left, right = buffers
-    pitch, neighbour, masks = level.pitch, level.neighbour, level.masks
-    second1, second2 = level.height * level.left_pitch, level.height * pitch
-    for x in range(level.width):
-        at = x if flat else x * (pitch + 1)
-        k = work[tiles.older + at] + work[tiles.newer + at]
+    weight, bias, odd, even, tiny, gap = op.weight, op.bias, op.odd, op.even, op.tiny, op.gap
+    own_weight, own_bias = op.own_weight, op.own_bias
+    columns = plane.columns
+    line, step = columns * LANES, LANES if paired else 1
+    span = 2 * op.width * LANES
+    pixels = op.height * op.width
+    half = op.width * LANES  # from the row sums of the NNGP to those of the NTK
+    for c in range(0, line, LANES):  # nothing lies above the first row
+        store(work, op.ring + span + c, zeros(work))
+        store(work, op.ring + span + half + c, zeros(work))
+    for time in range(plane.rows + 1):
+        coming, going = time < plane.rows, time > 0
+        older, newer = op.ring + (time % 2) * span, op.ring + ((time + 1) % 2) * span
+        source, target = op.source + time * line, op.target + (time - 1) * line
+        y = plane.y + time - 1
+        at1 = op.numbers * step + (y * op.width + plane.x) * step
+        at2 = op.numbers * LANES + ((y + plane.dy) * op.width + plane.x + plane.dx) * LANES
+        before, here = zeros(work), zeros(work)
+        before_t, here_t = zeros(work), zeros(work)
+        pixel1 = (((y + 1) * op.width) + plane.x) * step
+        pixel2 = ((y + 1 + plane.dy) * op.width + plane.x + plane.dx) * LANES
         if coming:
-            at += tiles.source
-            k += work[at] + work[at - neighbour] * work[masks + x] + work[at + neighbour] * work[masks + pitch + x]
-        variance = convolution.weight * k + convolution.bias
-        first, second = _pixel_numbers(convolution.kind, convolution.even, variance)
-        left[tiles.left + x] = right[tiles.right + x] = first
-        left[tiles.left + second1 + x] = right[tiles.right + second2 + x] = second
+            here = _product(left, right, pixel1, pixel2, pixels, op.channels, paired) if images else load(work, source)
+            if mode == 2:
+                here_t = load(work, source + gap)
+        for c in range(0, line, LANES):
+            after, after_t = zeros(work), zeros(work)
+            if coming and c + LANES < line:
+                if images:
+                    pixel1 += step
+                    pixel2 += LANES
+                    after = _product(left, right, pixel1, pixel2, pixels, op.channels, paired)
+                else:
+                    after = load(work, source + c + LANES)
+                if mode == 2:
+                    after_t = load(work, source + gap + c + LANES)
+            k, theta = before + here + after, before_t + here_t + after_t
+            if going:
+                total = k + load(work, older + c) + load(work, newer + c)
+                nngp = weight * total + bias
+                ntk = nngp
+                if own:
+                    ntk = own_weight * total + own_bias
+                if mode == 2:
+                    ntk = ntk + weight * (theta + load(work, older + half + c) + load(work, newer + half + c))
+                if kind != LINEAR:
+                    if paired:
+                        numbers1 = load(left, at1), load(left, at1 + pixels * LANES)
+                    else:
+                        numbers1 = broadcast(left, at1), broadcast(left, at1 + pixels)
+                    numbers2 = load(right, at2), load(right, at2 + pixels * LANES)
+                    nngp, slope = duals(kind, odd, even, tiny, nngp, numbers1, numbers2)
+                    ntk = ntk * slope
+                if accumulate:
+                    nngp = nngp + load(work, target + c)
+                    if mode > 0:
+                        ntk = ntk + load(work, target + gap + c)
+                store(work, target + c, nngp)
+                if mode > 0:
+                    store(work, target + gap + c, ntk)
+                at1 += step
+                at2 += LANES
+            if coming:  # written over those of two rows before
+                store(work, older + c, k)
+                if mode == 2:
+                    store(work, older + half + c, theta)
+            before, here, before_t, here_t = here, after, here_t, after_t
 
 
 @_compiled
-def _pool(
-    work: Array, source: int, gap: int, level: Any, work2: Array, target: int, following: Any, fields: int
-) -> None:
-    """Add each 2x2 entries of a tile, over 16, to an entry of a tile of the following level."""
-    pitch = level.pitch
-    for field in range(fields):
-        for x in range(0, level.rows, 2):
-            for c in range(0, following.pitch, LANES):
-                at = source + field * gap + x * pitch + 2 * c
-                first, second = load(work, at) + load(work, at + pitch), zeros(work)
-                if 2 * c + LANES < pitch:
-                    second = load(work, at + LANES) + load(work, at + pitch + LANES)
-                to = target + field * following.store_gap + x // 2 * following.pitch + c
-                store(work2, to, load(work2, to) + 0.0625 * even_odd(first, second))
+def _convolve3(buffers: Any, op: Any, plane: Any, paired: bool, fused: bool) -> None:
+    """Run :func:`_conv3` without activation or, in the cases that take most of the time, with the ReLU after it."""
+    images, own, accumulate = op.code == IMAGES3, op.own > 0, op.accumulate > 0
+    if not fused:
+        _conv3(buffers, op, plane, LINEAR, op.mode, images, paired, own, accumulate)
+    elif op.mode == 2:
+        _conv3(buffers, op, plane, RELU, 2, False, False, False, False)
+    elif op.mode == 1:
+        _conv3(buffers, op, plane, RELU, 1, True, False, False, False)
+    elif images:
+        _conv3(buffers, op, plane, RELU, 0, True, False, False, False)
+    else:
+        _conv3(buffers, op, plane, RELU, 0, False, False, False, False)
 
 
 @_compiled
-def _add_up(work: Array, source: int, gap: int, level: Any, shared: Any, sums: Array) -> None:
-    """Add a tile's entries, or those on its diagonal, to the sums of each image."""
-    rows, pitch, width = level.rows, level.pitch, level.width
-    for field in range(shared.fields):
-        at = source + field * gap
-        if shared.every:  # the sum of the tile's rows, written over what work begins with
-            for c in range(0, pitch, LANES):
-                total = load(work, at + c)
-                for x in range(1, rows):
-                    total = total + load(work, at + x * pitch + c)
-                store(work, c, total)
-        for image in range(sums.shape[0]):
-            of_tile = 0.0  # of its own, so that few roundings are those of a large sum
-            for x in range(width):
-                column = image * width + x
-                of_tile += work[column] if shared.every else work[at + x * pitch + column]
-            sums[image, field] += of_tile
+def _box(buffers: Any, op: Any, plane: Any) -> None:
+    """Run any convolution, without activation: sums over a window of each row, then over rows.
 
-
-@_compiled
-def _stream(buffers: Any, following_work: Array, run: Any, index: int) -> None:
-    """Stream all tiles of a level through its convolutions, and pool them into the work of the following level."""
+    Output pixel q of plane D / stride sums pixels p of plane D with 0 <= p - stride q + pad < size.
+    """
     work = buffers.work
-    levels, convolutions, shared, itself, sums = run
-    level, height = levels[index], levels[index].height
-    for order in range(2 * level.window + 1):  # offsets 0, 1, -1, 2, ...: the variances come first
-        dy = (order + 1) // 2 if order % 2 else -(order // 2)
-        top, length = max(0, -dy), height - abs(dy)  # rows y from top on, for which y + dy is a row too
-        for time in range(length + level.count):
-            y, source, gap = top + time, level.scratch, level.span
-            if index:  # stored by the pooling before
-                source, gap = level.store + (y * height + y + dy) * (level.rows + 1) * level.pitch, level.store_gap
-            elif time < length:
-                _first_covariance(buffers, level, shared, y, y + dy)
-            for stage in range(min(level.count, time + 1)):
-                row = time - stage
-                coming, going = row < length, 0 < row <= length
-                # a stage's four spans: diagonal sums (NNGP, NTK) of even rows, then of odd ones
-                slots = level.scratch + (4 + 4 * stage) * level.span
-                older, newer = slots + 2 * (row % 2) * level.span, slots + 2 * ((row + 1) % 2) * level.span
-                if row == 0:  # nothing lies above the first row
-                    work[newer : newer + 2 * level.span] = 0
-                convolution, y = convolutions[level.first + stage], top + row - 1
-                target = level.scratch + 2 * ((stage + 1) % 2) * level.span
-                at1, at2 = convolution.left + y * level.left_pitch, convolution.right + (y + dy) * level.pitch
-                tiles = _Tiles(source, gap, target, newer, older, at1, at2)
-                if itself and going and dy == 0 and convolution.kind != LINEAR:
-                    _write_pixel_numbers(buffers, level, convolution, tiles, coming, shared.flat)
-                mode = 0 if shared.fields == 1 else 1 if level.first + stage == 0 else 2
-                if coming or going:
-                    _dispatch(buffers, level, convolution, tiles, coming, going, mode, shared.flat)
-                source, gap = target, level.span
-            y = top + time - level.count
-            if time >= level.count and index + 1 == len(levels):
-                _add_up(work, source, gap, level, shared, sums)
-            elif time >= level.count:
-                following = levels[index + 1]
-                tile = (y // 2) * following.height + (y + dy) // 2
-                to = following.store + tile * (following.rows + 1) * following.pitch
-                _pool(work, source, gap, level, following_work, to, following, shared.fields)
+    after = _plane(plane.dy // op.stride_y, plane.dx // op.stride_x, op.out_height, op.out_width)
+    line, out_line = plane.columns * LANES, after.columns * LANES
+    half = op.out_width * LANES
+    top, bottom, begin, end = plane.y, plane.y + plane.rows, plane.x, plane.x + plane.columns
+    ready = top  # rows before it are summed, or not needed
+    for q in range(after.y, after.y + after.rows):
+        first, last = max(top, q * op.stride_y - op.pad_y), min(bottom, q * op.stride_y - op.pad_y + op.size_y)
+        for y in range(max(ready, first), last):
+            ring = op.ring + (y % op.size_y) * 2 * half
+            for c in range(after.columns):
+                left = (after.x + c) * op.stride_x - op.pad_x
+                k, theta = zeros(work), zeros(work)
+                for x in range(max(begin, left), min(end, left + op.size_x)):
+                    at = op.source + (y - top) * line + (x - begin) * LANES
+                    k = k + load(work, at)
+                    if op.mode == 2:
+                        theta = theta + load(work, at + op.gap)
+                store(work, ring + c * LANES, k)
+                store(work, ring + half + c * LANES, theta)
+        ready = max(ready, last)
+        target = op.target + (q - after.y) * out_line
+        for c in range(0, out_line, LANES):
+            k, theta = zeros(work), zeros(work)
+            for y in range(first, last):
+                ring = op.ring + (y % op.size_y) * 2 * half + c
+                k, theta = k + load(work, ring), theta + load(work, ring + half)
+            nngp = op.weight * k + op.bias
+            ntk = op.weight * theta + op.own_weight * k + op.own_bias
+            if op.accumulate:
+                nngp = nngp + load(work, target + c)
+                ntk = ntk + load(work, target + op.gap + c)
+            store(work, target + c, nngp)
+            if op.mode > 0:
+                store(work, target + op.gap + c, ntk)
 
 
 @_compiled
-def _pair(buffers: Any, deep: Any, run: Any) -> None:
-    """Add up NNGP and NTK over the pixels of the last level, of one image with the images in a row."""
-    levels = run.levels
-    for index in range(len(levels)):
-        into_deep = index + 1 < len(levels) and levels[index + 1].deep
-        if index + 1 < len(levels):  # the following level's tiles are added to: they begin as zeros
-            begin = levels[index + 1].store - levels[index + 1].pitch - LANES
-            end = begin + 2 * levels[index + 1].store_gap
-            if into_deep:
-                deep.work[begin:end] = 0
+def _point(buffers: Any, op: Any, plane: Any, paired: bool, source: int) -> None:
+    """Apply an activation, or a normalization, to a plane."""
+    work, left, right = buffers
+    pixels, step, at = op.height * op.width, LANES if paired else 1, 0
+    kind, odd, even, tiny, target = op.kind, op.odd, op.even, op.tiny, op.target
+    for y in range(plane.y, plane.y + plane.rows):
+        at1 = (op.numbers + y * op.width + plane.x) * step
+        at2 = (op.numbers + (y + plane.dy) * op.width + plane.x + plane.dx) * LANES
+        for _ in range(plane.columns):
+            if paired:
+                numbers1 = load(left, at1), load(left, at1 + pixels * LANES)
             else:
-                buffers.work[begin:end] = 0
-        if levels[index].deep:
-            _stream(deep, deep.work, run, index)
-        elif into_deep:
-            _stream(buffers, deep.work, run, index)
+                numbers1 = broadcast(left, at1), broadcast(left, at1 + pixels)
+            numbers2 = load(right, at2), load(right, at2 + pixels * LANES)
+            nngp, slope = duals(kind, odd, even, tiny, load(work, source + at), numbers1, numbers2)
+            store(work, target + at, nngp)
+            if op.mode > 0:
+                store(work, target + op.gap + at, slope * load(work, source + op.gap + at))
+            at1 += step
+            at2 += LANES
+            at += LANES
+
+
+@_compiled
+def _write_numbers(buffers: Any, op: Any, source: int) -> None:
+    """Write what an activation needs of every pixel, from the covariances of images with themselves at offset 0."""
+    work, left, right = buffers
+    pixels = op.height * op.width
+    at = op.numbers * LANES
+    if op.kind == NORM and op.odd > 0:  # over all pixels: by the mean of their variances
+        for lane in range(LANES):
+            total = 0.0
+            for i in range(lane, pixels * LANES, LANES):
+                total += work[source + i]
+            first, second = pixel_numbers(NORM, op.even, total / pixels)
+            for i in range(at + lane, at + pixels * LANES, LANES):
+                left[i] = right[i] = first
+                left[i + pixels * LANES] = right[i + pixels * LANES] = second
+        return
+    for i in range(pixels * LANES):
+        first, second = pixel_numbers(op.kind, op.even, work[source + i])
+        left[at + i] = right[at + i] = first
+        left[at + pixels * LANES + i] = right[at + pixels * LANES + i] = second
+
+
+@_compiled
+def _copy(work: Array, op: Any, source: int, gap: int, entries: int, clear: bool) -> None:
+    """Copy a plane; clear what was copied."""
+    for field in range(2 if op.mode > 0 else 1):
+        for i in range(0, entries, LANES):
+            store(work, op.target + field * op.gap + i, load(work, source + field * gap + i))
+            if clear:
+                store(work, source + field * gap + i, zeros(work))
+
+
+@_compiled
+def _add(work: Array, op: Any, entries: int) -> None:
+    for field in range(2 if op.mode > 0 else 1):
+        to, at = op.target + field * op.gap, op.source + field * op.gap
+        for i in range(0, entries, LANES):
+            store(work, to + i, load(work, to + i) + load(work, at + i))
+
+
+@_inlined
+def _add_windows(
+    work: Array,
+    at: int,
+    line: int,
+    stride: int,
+    work2: Array,
+    to: int,
+    count: int,
+    scale: float,
+    rows: int,
+    columns: int,
+) -> None:
+    """Add sums over windows, of which none is cut, to a row; the sizes of windows are constants."""
+    for c in range(0, count * LANES, LANES):
+        total = load(work, at)
+        for x in range(1, columns):
+            total = total + load(work, at + x * LANES)
+        for y in range(1, rows):
+            for x in range(columns):
+                total = total + load(work, at + y * line + x * LANES)
+        store(work2, to + c, load(work2, to + c) + scale * total)
+        at += stride * LANES
+
+
+@_compiled
+def _pool(work: Array, level: Any, plane: Any, work2: Array, following: Any, offsets: Array, fields: int) -> None:
+    """Add a plane to those planes of the following level whose windows it meets."""
+    window_y, window_x, stride_y, stride_x = level.window_y, level.window_x, level.stride_y, level.stride_x
+    line, scale = plane.columns * LANES, level.scale
+    height, width = following.height, following.width
+    # Offset D lies in the windows of D' = (D - d) / stride, where |d| < window; a and a + d are the places in both.
+    for dy in range(-((window_y - 1 - plane.dy) // stride_y), (plane.dy + window_y - 1) // stride_y + 1):
+        place_y = offsets[following.places_y + height - 1 + dy] if abs(dy) < height else -1
+        for dx in range(-((window_x - 1 - plane.dx) // stride_x), (plane.dx + window_x - 1) // stride_x + 1):
+            place_x = offsets[following.places_x + width - 1 + dx] if abs(dx) < width else -1
+            if place_y < 0 or place_x < 0:
+                continue
+            after = _plane(dy, dx, height, width)
+            to = following.store + place_y + place_x
+            shift_y, shift_x = plane.dy - stride_y * dy, plane.dx - stride_x * dx
+            low_y, high_y = max(0, -shift_y), min(window_y, window_y - shift_y)
+            low_x, high_x = max(0, -shift_x), min(window_x, window_x - shift_x)
+            inside = level.pad_y == 0 and level.pad_x == 0
+            rows, columns = high_y - low_y, high_x - low_x
+            for field in range(fields):
+                at, there = level.result + field * level.gap, to + field * following.store_gap
+                for q in range(after.y, after.y + after.rows):
+                    top, left = (
+                        q * stride_y + low_y - level.pad_y - plane.y,
+                        after.x * stride_x + low_x - level.pad_x - plane.x,
+                    )
+                    if inside and rows == 1 and columns == 1:
+                        _add_windows(
+                            work,
+                            at + top * line + left * LANES,
+                            line,
+                            stride_x,
+                            work2,
+                            there,
+                            after.columns,
+                            scale,
+                            1,
+                            1,
+                        )
+                    elif inside and rows == 1 and columns == 2:
+                        _add_windows(
+                            work,
+                            at + top * line + left * LANES,
+                            line,
+                            stride_x,
+                            work2,
+                            there,
+                            after.columns,
+                            scale,
+                            1,
+                            2,
+                        )
+                    elif inside and rows == 2 and columns == 1:
+                        _add_windows(
+                            work,
+                            at + top * line + left * LANES,
+                            line,
+                            stride_x,
+                            work2,
+                            there,
+                            after.columns,
+                            scale,
+                            2,
+                            1,
+                        )
+                    elif inside and rows == 2 and columns == 2:
+                        _add_windows(
+                            work,
+                            at + top * line + left * LANES,
+                            line,
+                            stride_x,
+                            work2,
+                            there,
+                            after.columns,
+                            scale,
+                            2,
+                            2,
+                        )
+                    else:
+                        first, last = max(0, top), min(plane.rows, top + rows)
+                        for u in range(after.columns):
+                            begin, end = max(0, left + u * stride_x), min(plane.columns, left + u * stride_x + columns)
+                            total = zeros(work)
+                            for y in range(first, last):
+                                for x in range(begin, end):
+                                    total = total + load(work, at + y * line + x * LANES)
+                            store(work2, there + u * LANES, load(work2, there + u * LANES) + scale * total)
+                    there += after.columns * LANES
+
+
+@_compiled
+def _add_up(work: Array, level: Any, plane: Any, work2: Array, fields: int, sums: Array) -> None:
+    """Add a plane's entries to the sums of each pair, (NNGP and NTK, pairs)."""
+    for field in range(fields):
+        at, total = level.result + field * level.gap, zeros(work2)
+        for _ in range(plane.rows):
+            of_row = zeros(work)  # of its own, so that few roundings are those of a large sum
+            for _ in range(plane.columns):
+                of_row = of_row + load(work, at)
+                at += LANES
+            total = total + of_row
+        store(sums, field * LANES, load(sums, field * LANES) + total)
+
+
+@_compiled
+def _operate(buffers: Any, op: Any, dy: int, dx: int, paired: bool, fill: bool) -> None:
+    """Run one operation on the plane of an offset of its level's first pixels."""
+    plane = _plane(dy // op.share_y, dx // op.share_x, op.height, op.width)
+    if op.code == IMAGES:
+        _images(buffers, op, plane, paired)
+    elif op.code == BOX:
+        _box(buffers, op, plane)
+    elif op.code == ADD:
+        _add(buffers.work, op, plane.rows * plane.columns * LANES)
+    elif op.code == COPY:
+        _copy(buffers.work, op, op.source, op.gap, plane.rows * plane.columns * LANES, False)
+    else:
+        source, fused = op.source, False
+        if op.code != POINT:
+            first = op.code == IMAGES3
+            fused = (
+                op.kind == RELU
+                and op.own == 0
+                and not paired
+                and (op.mode != 1 or first)
+                and (op.mode != 2 or not first)
+            )
+            _convolve3(buffers, op, plane, paired, fused)
+            source = op.target
+        if op.kind != LINEAR and not fused:
+            if fill and dy == 0 and dx == 0:  # the activation's numbers come from this very plane
+                _write_numbers(buffers, op, source)
+            _point(buffers, op, plane, paired, source)
+
+
+@_compiled
+def _run_level(
+    buffers: Any,
+    following_work: Array,
+    wide: Array,
+    records: Any,
+    index: int,
+    dy: int,
+    paired: bool,
+    fill: bool,
+    fields: int,
+    sums: Array,
+) -> None:
+    """Run a level on all planes of one dy, and pool them into the work of the following level, or add them up."""
+    levels, operations, offsets, _ = records
+    level, work = levels[index], buffers.work
+    for place in range(level.offsets, level.offsets + level.count_x):
+        dx = offsets[place]
+        if index > 0:  # what the pooling before has stored
+            plane = _plane(dy, dx, level.height, level.width)
+            source = (
+                level.store
+                + offsets[level.places_y + level.height - 1 + dy]
+                + offsets[level.places_x + level.width - 1 + dx]
+            )
+            op = operations[level.first]
+            _copy(work, op, source, level.store_gap, plane.rows * plane.columns * LANES, True)
+        for number in range(level.first + (index > 0), level.first + level.count):
+            _operate(buffers, operations[number], dy, dx, paired, fill)
+        plane = _plane(dy // level.share_y, dx // level.share_x, level.out_height, level.out_width)
+        if index + 1 == len(levels):
+            _add_up(work, level, plane, wide, fields, sums)
         else:
-            _stream(buffers, buffers.work, run, index)
+            _pool(work, level, plane, following_work, levels[index + 1], offsets, fields)
 
 
-def _run_block(buffers: Buffers, deep: Buffers, records: Records, itself: bool, triangle: bool, sums: Array) -> None:
-    """Run all pairs of a block, those on and above the diagonal of one, or every image with itself.
+@_compiled
+def _run_group(buffers: Any, deep: Any, records: Any, paired: bool, fill: bool, fields: int, sums: Array) -> None:
+    """Add up NNGP and NTK over the pixels of the last level, of 16 pairs."""
+    levels = records.levels
+    for step in range(len(records.schedule)):
+        index, dy = records.schedule[step, 0], records.schedule[step, 1]
+        into_deep = index + 1 < len(levels) and levels[index + 1].deep
+        if levels[index].deep:
+            _run_level(deep, deep.work, deep.work, records, index, dy, paired, fill, fields, sums)
+        elif into_deep:
+            _run_level(buffers, deep.work, deep.work, records, index, dy, paired, fill, fields, sums)
+        else:
+            _run_level(buffers, buffers.work, deep.work, records, index, dy, paired, fill, fields, sums)
+
+
+def _run_block(
+    buffers: Buffers,
+    deep: Buffers,
+    records: Records,
+    paired: bool,
+    fill: bool,
+    below: int,
+    fields: int,
+    sums: Array,
+) -> None:
+    """Run every first image with every group of second ones or, paired, every group with that of the same index.
 
     Args:
         buffers: Of the levels that are computed in the inputs' precision.
         deep: Of the levels that are computed in float64.
         records: The network.
-        itself: Pair every left image with the right one of the same index, and fill in what activations need.
-        triangle: The left and the right images are the same: leave out groups below the diagonal.
-        sums: NNGP and NTK are added to it, (rows, images, 2).
+        paired: Whether the first images stand in groups too.
+        fill: Fill in the numbers that activations need of pixels: every image is paired with itself.
+        below: Groups of columns that end before column ``below`` + i of row i are left out.
+        fields: 1 for the NNGP alone, 2 for both kernels.
+        sums: NNGP and NTK are added to it, (first images or groups, groups or 1, 2 x 16).
     """
-    groups = len(buffers.right)
-    images = sums.shape[1] // (1 if itself else groups)
     for i in range(len(buffers.left)):
-        first, end = (i, i + 1) if itself else (i // images if triangle else 0, groups)
-        for group in range(first, end):
-            part = sums[i] if itself else sums[i, group * images : (group + 1) * images]
-            _pair(
+        for group in range(len(buffers.right)):
+            if (paired and group != i) or (group + 1) * LANES <= below + i:
+                continue
+            _run_group(
                 Buffers(buffers.work, buffers.left[i], buffers.right[group]),
                 Buffers(deep.work, deep.left[i], deep.right[group]),
-                _Run(records.levels, records.convolutions, records.run[0], itself, part),
+                records,
+                paired,
+                fill,
+                fields,
+                sums[i, 0 if paired else group],
             )
 
 

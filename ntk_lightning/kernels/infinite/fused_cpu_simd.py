@@ -13,12 +13,15 @@ here, touch :mod:`ntk_lightning.kernels.infinite.fused_cpu_numba`.
 # ruff: noqa: ANN401 - the objects of Numba and LLVM have no types
 from __future__ import annotations
 
+import hashlib
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]  # it has no types
 from numba import types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, overload, register_model
 
 __all__ = [
@@ -27,16 +30,18 @@ __all__ = [
     "absolute",
     "broadcast",
     "copysign",
-    "even_odd",
+    "exp",
     "load",
     "polynomial",
     "positive",
+    "root",
     "sqrt",
     "store",
     "zeros",
 ]
 
 LANES = 16
+_AVX512 = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2]
 
 
 class _Vector(types.Type):
@@ -161,7 +166,19 @@ def polynomial(single: Sequence[float], double: Sequence[float]) -> Any:
     """
 
     def emit(builder: Any, x: Any) -> Any:
-        constants = [ir.Constant(x.type, [float(c)] * LANES) for c in (double if _bits(x.type) == 64 else single)]
+        # In memory, not in the code: from there they go right into the sums, with one address for all of them.
+        coefficients = double if _bits(x.type) == 64 else single
+        kind = ir.ArrayType(x.type.element, len(coefficients))
+        name = f"polynomial.{hashlib.blake2b(repr((kind, coefficients)).encode(), digest_size=8).hexdigest()}"
+        table = builder.module.globals.get(name)
+        if table is None:
+            table = ir.GlobalVariable(builder.module, kind, name)
+            table.linkage, table.initializer = "linkonce_odr", ir.Constant(kind, [float(c) for c in coefficients])
+        zero = ir.Constant(ir.IntType(32), 0)
+        constants = [
+            _splat(builder, builder.load(builder.gep(table, [zero, ir.Constant(ir.IntType(32), i)], inbounds=True)))
+            for i in range(len(coefficients))
+        ]
         total = constants.pop()
         while constants:
             total = builder.fadd(builder.fmul(total, x, flags=["contract"]), constants.pop(), flags=["contract"])
@@ -184,16 +201,16 @@ def _operator(symbol: Callable[..., Any], emit: Callable[..., Any]) -> None:
 
 def _llvm(name: str, arity: int) -> Any:
     """The function ``llvm.NAME`` of vectors."""
+    return _elementwise(lambda builder, *vectors: _call(builder, name, *vectors), arity)
 
-    def emit(builder: Any, *vectors: Any) -> Any:
-        kind = vectors[0].type
-        symbol = f"llvm.{name}.v{LANES}f{_bits(kind)}"
-        function = builder.module.globals.get(symbol) or ir.Function(
-            builder.module, ir.FunctionType(kind, [kind] * arity), symbol
-        )
-        return builder.call(function, vectors)
 
-    return _elementwise(emit, arity)
+def _call(builder: Any, name: str, *vectors: Any) -> Any:
+    kind = vectors[0].type
+    symbol = f"llvm.{name}.v{LANES}f{_bits(kind)}"
+    function = builder.module.globals.get(symbol) or ir.Function(
+        builder.module, ir.FunctionType(kind, [kind] * len(vectors)), symbol
+    )
+    return builder.call(function, vectors)
 
 
 _operator(operator.add, lambda builder, a, b: builder.fadd(a, b, flags=["contract"]))
@@ -214,18 +231,66 @@ positive = _elementwise(
 """positive(a, b, c): b where a > 0, else c."""
 
 
-def _even_odd(typing_context: Any, a: Any, b: Any) -> Any:
-    """Sum of neighbours 2i and 2i + 1 of the 32 lanes of both vectors."""
+def _root(builder: Any, x: Any, bound: Any) -> Any:
+    """With AVX-512 in float32, s = x / sqrt(x) is estimated and a Newton step, s + s (1 - s / sqrt(x)) / 2, made."""
+    zero = ir.Constant(x.type, [0.0] * LANES)
+    above_bound = builder.fcmp_ordered(">", x, bound)
+    if _bits(x.type) == 64 or not _AVX512:
+        return _call(builder, "sqrt", builder.select(above_bound, x, zero))
+    kind, mask = x.type, ir.IntType(16)
+    symbol = "llvm.x86.avx512.rsqrt14.ps.512"
+    function = builder.module.globals.get(symbol) or ir.Function(
+        builder.module, ir.FunctionType(kind, [kind, kind, mask]), symbol
+    )
+    inverse = builder.call(function, [x, zero, mask(0xFFFF)])
+    half = ir.Constant(kind, [0.5] * LANES)
+    estimate = builder.fmul(x, inverse)
+    error = builder.fsub(
+        half, builder.fmul(estimate, builder.fmul(half, inverse), flags=["contract"]), flags=["contract"]
+    )
+    root = builder.fadd(estimate, builder.fmul(estimate, error, flags=["contract"]), flags=["contract"])
+    return builder.select(above_bound, root, zero)
 
-    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        even, odd = (_shuffle(builder, values[0], values[1], list(range(first, 2 * LANES, 2))) for first in (0, 1))
-        return builder.fadd(even, odd)
 
-    return a(a, b), emit
+root = _elementwise(_root, 2)
+"""root(a, bound): sqrt(a) where a > bound >= 0, else 0."""
 
+
+def _exp(builder: Any, x: Any) -> Any:
+    """2^n exp(x - n log 2), with n the whole number nearest to x / log 2; 2^n in two factors, for tiny results."""
+    wide = _bits(x.type) == 64
+    mantissa, bias, lowest, highest = (52, 1023, -746.0, 710.0) if wide else (23, 127, -104.0, 89.0)
+    whole = ir.VectorType(ir.IntType(64 if wide else 32), LANES)
+
+    def constant(value: float) -> Any:
+        return ir.Constant(x.type, [value] * LANES)
+
+    def integer(value: int) -> Any:
+        return ir.Constant(whole, [value] * LANES)
+
+    def power(exponent: Any) -> Any:
+        return builder.bitcast(builder.shl(builder.add(exponent, integer(bias)), integer(mantissa)), x.type)
+
+    inside = builder.select(builder.fcmp_ordered(">", x, constant(lowest)), x, constant(lowest))
+    inside = builder.select(builder.fcmp_ordered("<", inside, constant(highest)), inside, constant(highest))
+    n = _call(builder, "rint", builder.fmul(inside, constant(1 / math.log(2))))
+    high = 0.693359375  # log 2 in 10 bits, so that n times it is exact, and what is left of log 2
+    rest = builder.fsub(inside, builder.fmul(n, constant(high)), flags=["contract"])
+    rest = builder.fsub(rest, builder.fmul(n, constant(-2.12194440054690582768e-4)), flags=["contract"])
+    total = constant(0.0)
+    for power_of_rest in range(13 if wide else 7, -1, -1):
+        term = constant(1 / math.factorial(power_of_rest))
+        total = builder.fadd(builder.fmul(total, rest, flags=["contract"]), term, flags=["contract"])
+    exponent = builder.fptosi(n, whole)
+    half = builder.ashr(exponent, integer(1))
+    value = builder.fmul(builder.fmul(total, power(half)), power(builder.sub(exponent, half)))
+    return builder.select(builder.fcmp_unordered("uno", x, x), x, value)
+
+
+exp = _elementwise(_exp, 1)
+"""exp(a), to a few units in the last place; infinity above what the type holds."""
 
 load: Any = intrinsic(_load)
 broadcast: Any = intrinsic(_broadcast)
 zeros: Any = intrinsic(_zeros)
 store: Any = intrinsic(_store)
-even_odd: Any = intrinsic(_even_odd)

@@ -105,7 +105,7 @@ def gram(
     work, symmetric = _Work(layers, kind, x1, tiling), x2 is None
     x2 = x1 if x2 is None else x2
     out = x1.new_empty(len(x1), len(x2))
-    if saturates(work.network, x1) or saturates(work.network, x2):
+    if saturates(layers, x1) or saturates(layers, x2):
         x1, x2 = x1.double(), x2.double()
     with torch.cuda.device_of(x1):
         tables1 = work.tables(x1)
@@ -152,7 +152,7 @@ def diag(layers: Sequence[Layer], kind: str, x: Tensor, tiling: Tiling = Tiling(
     """
     work = _Work(layers, kind, x, tiling)
     with torch.cuda.device_of(x):
-        means = work.selves(work.tables(x.double() if saturates(work.network, x) else x))
+        means = work.selves(work.tables(x.double() if saturates(layers, x) else x))
         nngp, ntk = means[:, :1], means[:, -1:]
         return finish(work.network.head, kind, nngp, ntk, nngp[:, 0], nngp)[:, 0].float()
 

@@ -57,11 +57,13 @@ class InfiniteNTK:
             and their functions, compiled by ``torch.compile`` or not. As in PyTorch, sizes must fit.
         kind: "ntk" or "nngp".
         backend: What computes it. "reference" is plain PyTorch, in float64 on any device, for every supported
-            architecture. "cpu" (float32 and float64) and "cuda" (float32) are compiled, for images and any sequence of
-            3x3 convolutions with "same" padding, activations and 2x2 average pooling, then global average pooling or
-            flatten, then linear layers and activations; they refuse inputs that require gradients. "auto" takes the
-            fastest that supports the architecture on the inputs' device and in their precision, logs which, and
-            :meth:`backend_for` tells it.
+            architecture. "cpu" (float32 and float64) is compiled, for images and sequences, and takes convolutions with
+            zero padding of any filter and stride, sums of branches, average pooling, layer normalization, and every
+            activation with a closed form, then global pooling or flatten, then linear layers, activations and
+            normalization of vectors. "cuda" (float32) takes images and, before the end, 3x3 convolutions with "same"
+            padding, each with or without ReLU, erf or GELU, and 2x2 average pooling. Both refuse inputs that require
+            gradients. "auto" takes the fastest that supports the architecture on the inputs' device and in their
+            precision, logs which and why, and :meth:`backend_for` tells it.
 
     Raises:
         TypeError: The network has an operation without a closed form, whose line the message names, or a layer with
