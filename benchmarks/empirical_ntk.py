@@ -1,6 +1,9 @@
 """What empirical kernels, Taylor models, kernel fits and their training cost, beside what else computes them.
 
 python benchmarks/empirical_ntk.py [--neural-tangents PYTHON] [--threads N] [--rounds N] [--only PART ...]
+                                   [--row NAME ...] [--implementations NAME ...]
+
+The part "table" is many networks and sizes; --row measures some of its rows, and leaves the others in the results.
 
 neural-tangents runs in an environment of its own, whose interpreter the option or NEURAL_TANGENTS_PYTHON names.
 """
@@ -23,7 +26,7 @@ import numpy as np
 import torch
 from kernel_fits import critical_rate, kernel_sgd_beside_memory
 from machine import machine
-from several_outputs import several_outputs
+from table import IMPLEMENTATIONS, ROWS, table
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from training import trainer_beside_loop, watching_beside_training
@@ -229,7 +232,7 @@ def taylor(options: argparse.Namespace) -> dict[str, Any]:
 
 PARTS = {
     "speed": speed,
-    "outputs": several_outputs,
+    "table": table,
     "memory": memory,
     "taylor": taylor,
     "kernel_sgd": kernel_sgd_beside_memory,
@@ -245,15 +248,25 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--row", nargs="+", choices=ROWS, help="of the part table; all by default")
+    parser.add_argument("--implementations", nargs="*", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS)
+    parser.add_argument("--results", type=Path, default=RESULTS / "empirical_ntk_cpu.json")
     options = parser.parse_args()
+    if options.row and "--only" not in sys.argv:
+        options.only = ["table"]
     torch.set_num_threads(options.threads)
-    path = RESULTS / "empirical_ntk_cpu.json"
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    options.before = json.loads(options.results.read_text()) if options.results.exists() else {}
+
+    def save(result: dict[str, Any]) -> None:
+        options.before |= {"machine": machine(), **result}
+        options.results.write_text(json.dumps(options.before, indent=1) + "\n")
+
+    options.save = save
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
     for part in options.only:
-        result = {"threads": options.threads, **PARTS[part](options)}
-        RESULTS.mkdir(exist_ok=True)
-        results = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps({**results, "machine": machine(), part: result}, indent=1) + "\n")
+        result = PARTS[part](options)
+        save({part: result if part == "table" else {"threads": options.threads, **result}})
 
 
 if __name__ == "__main__":

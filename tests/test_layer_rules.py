@@ -17,7 +17,7 @@ from ntk_lightning.kernels.empirical import trial
 from ntk_lightning.kernels.empirical.gradients import GradientRows
 from ntk_lightning.kernels.empirical.inputs import Inputs
 from ntk_lightning.kernels.empirical.network_function import NetworkFunction
-from ntk_lightning.networks import MLP, MyrtleCNN, NTKConv2d, NTKLinear
+from ntk_lightning.networks import MLP, MyrtleCNN, NTKConv1d, NTKConv2d, NTKLinear
 
 D = torch.float64
 
@@ -33,6 +33,18 @@ class Tokens(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         mixed = torch.softmax(self.query(x) @ self.key(x).mT, -1) @ self.value(x)
         return self.readout(self.norm(x + mixed).mean(1))
+
+
+class WideTokens(nn.Module):
+    """So few and wide tokens that products of all pairs of them are fewer than those of gradients."""
+
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 30), NTKLinear(30, 24, bias_std=0.3)
+        self.readout = nn.Linear(24, num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.readout(torch.tanh(self.second(torch.tanh(self.first(x)))).mean(1))
 
 
 class Twice(nn.Module):
@@ -58,10 +70,20 @@ def convolution(conv: nn.Module, size: int, frozen: str = "") -> nn.Module:
 # a network, one sample's shape, and how often each way is chosen for it
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, int]]] = {
     "myrtle": (lambda: MyrtleCNN(3, num_outputs=3, bias_std=0.3), (3, 8, 8), {"product": 4, "factors": 1}),
-    "myrtle, one output": (lambda: MyrtleCNN(3), (3, 8, 8), {"factors": 1}),
+    "myrtle, one output": (lambda: MyrtleCNN(3), (3, 8, 8), {"product": 4, "factors": 1}),
     "mlp": (lambda: MLP(4, 2, 5, num_outputs=3, bias_std=0.3), (5,), {"factors": 3}),
     "tokens": (Tokens, (6, 5), {"product": 3, "factors": 1}),
-    "tokens, one output": (lambda: Tokens(1), (6, 5), {"factors": 1}),
+    "tokens, one output": (lambda: Tokens(1), (6, 5), {"product": 3, "factors": 1}),
+    "few wide tokens": (lambda: WideTokens(3), (2, 24), {"factors": 3}),
+    "few wide tokens, one output": (lambda: WideTokens(1), (2, 24), {"factors": 3}),
+    "few pixels": (lambda: convolution(nn.Conv2d(2, 30, 3), 60), (2, 3, 4), {"product": 1, "factors": 2}),
+    "sequence": (
+        lambda: nn.Sequential(
+            NTKConv1d(2, 4, 3, padding="same", bias_std=0.3, padding_mode="circular"), nn.Tanh(),
+            nn.Conv1d(4, 3, 2, dilation=2, padding=1), nn.Tanh(), nn.Conv1d(3, 3, 3, stride=2), nn.Tanh(),
+            nn.Flatten(), nn.Linear(12, 3),
+        ), (2, 9), {"product": 3, "factors": 1},
+    ),
     "strided": (
         lambda: convolution(NTKConv2d(2, 3, 3, "valid", stride=2), 12), (2, 5, 6), {"product": 2, "factors": 1},
     ),
@@ -71,12 +93,16 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, int]]
     ),
     "same": (lambda: convolution(nn.Conv2d(2, 2, (3, 1), padding="same"), 40), (2, 4, 5), {"product": 2, "factors": 1}),
     "same, even": (
-        lambda: convolution(nn.Conv2d(2, 2, 2, padding="same"), 40), (2, 4, 5), {"product": 1, "factors": 1},
+        lambda: convolution(nn.Conv2d(2, 2, 2, padding="same"), 40), (2, 4, 5), {"product": 2, "factors": 1},
     ),
     "grouped": (lambda: convolution(nn.Conv2d(2, 4, 2, groups=2), 48), (2, 4, 5), {"product": 1, "factors": 1}),
     "circular": (
         lambda: convolution(nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), 40), (2, 4, 5),
-        {"product": 1, "factors": 1},
+        {"product": 2, "factors": 1},
+    ),
+    "reflected": (
+        lambda: convolution(nn.Conv2d(2, 2, (3, 2), padding=(1, 0), padding_mode="reflect"), 32), (2, 4, 5),
+        {"product": 2, "factors": 1},
     ),
     "no bias": (lambda: convolution(nn.Conv2d(2, 2, 2, bias=False), 24), (2, 4, 5), {"product": 2, "factors": 1}),
     "frozen weight": (lambda: convolution(nn.Conv2d(2, 2, 2), 24, "weight"), (2, 4, 5), {"product": 2, "factors": 1}),
@@ -103,7 +129,7 @@ def test_the_cheap_way_is_chosen_and_every_mode_is_plain_autograd(
 ) -> None:
     net, x, y, ways = case
     rows = rows_of(net, x)
-    assert Counter(layer.way(len(rows.cotangents)) for layer in rows.layers.values()) == ways
+    assert Counter(rows.ways.values()) == ways
     expected, square = dense(net, y, x), dense(net, x, x)
     kernel, full = EmpiricalNTK(net), EmpiricalNTK(net, full=True)
     few = EmpiricalNTK(net, full=True, memory=rows.width * rows.num_outputs * 8 * 40 + 40_000)

@@ -12,13 +12,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
+from torch.func import jacrev, vmap
 from torch.nn.parameter import is_lazy
 
 from ntk_lightning.kernels.checks import check_finite, check_inputs
 from ntk_lightning.kernels.empirical.empirical_ntk import EmpiricalNTK
 from ntk_lightning.kernels.empirical.memory_plan import parse_bytes
-from ntk_lightning.kernels.empirical.network_state import Weights, copy_network, usable
+from ntk_lightning.kernels.empirical.network_state import Weights, copy_network, functional_call, usable
 from ntk_lightning.kernels.empirical.sample_independence import agree, check_modes
 from ntk_lightning.kernels.empirical.standard_layers import is_standard
 from ntk_lightning.networks.widen import redraw, widened

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ntk_lightning.kernels.checks import check_finite, check_inputs
 from ntk_lightning.kernels.empirical.derivatives import differentiable_attention
 from ntk_lightning.kernels.empirical.inputs import Inputs
-from ntk_lightning.kernels.empirical.memory_plan import SLICE_COLUMNS, chunk_size, divide, parse_bytes
+from ntk_lightning.kernels.empirical.memory_plan import Plan, choose_plan, chunk_size, divide, parse_bytes
 from ntk_lightning.kernels.empirical.network_function import NetworkFunction
 from ntk_lightning.kernels.empirical.network_state import copy_network, preserved
 from ntk_lightning.kernels.empirical.products import multiply
@@ -233,7 +233,7 @@ class EmpiricalNTK(nn.Module):
                 filled = {r: space[r][: len(part)] for r in makers}
                 for maker, out in filled.items():
                     maker.fill(out, part)
-                values += rows.contract(filled[rows], filled[rows.partner], _same_rows)
+                values += rows.contract(filled[rows], filled[rows.partner], "equal")
             diagonal = torch.cat(values)
         check_finite(diagonal, _DIVERGED, "kernel's diagonal entry", sides=1)
         return diagonal
@@ -402,8 +402,15 @@ class EmpiricalNTK(nn.Module):
         num_others = sum(len(other) for other, _ in crosses)
         for maker in {rows, rows.partner}:
             maker.kept = kept
-        plans = [divide(self.memory, r, x, num_others, half) for r in {rows, rows.partner}]
-        plan = min(plans, key=lambda p: (p.panel, p.chunk))
+        if rows.partner is rows:
+            rows, plan = choose_plan(self.memory, rows, x, num_others, half, gram=grams is not None)
+        else:
+            plans = [divide(self.memory, r, x, num_others, half) for r in (rows, rows.partner)]
+            plan = min(plans, key=lambda p: (p.panel, p.chunk))
+        rows.scratch = plan.scratch
+        if plan.together:
+            self._together(rows, plan, x, grams, crosses, progress)
+            return
         panel_rows = torch.empty(plan.panel, rows.partner.width, dtype=kept, device=x.device)
         block_size = plan.block if crosses or plan.panel < n else 0
         block_rows = torch.empty(block_size, rows.width, dtype=kept, device=x.device)
@@ -424,7 +431,7 @@ class EmpiricalNTK(nn.Module):
                 if grams is not None:
                     for i in range(start, stop, plan.block):  # within the panel: the block and all to its right
                         j = min(i + plan.block, stop)
-                        products = rows.contract(panel[i - start : j - start], panel[i - start :], _matmul)
+                        products = rows.contract(panel[i - start : j - start], panel[i - start :])
                         for gram, product in zip(grams, products, strict=True):
                             square = product[:, : j - i]
                             square.copy_((square + swap(square)) / 2)
@@ -432,33 +439,46 @@ class EmpiricalNTK(nn.Module):
                             gram[j:stop, i:j] = swap(product[:, j - i :])
                     for i in range(stop, n, plan.block):  # later panels' samples with this panel
                         j = min(i + plan.block, n)
-                        products = rows.contract(fill(block_rows, x[i:j]), panel, _matmul)
+                        products = rows.contract(fill(block_rows, x[i:j]), panel)
                         for gram, product in zip(grams, products, strict=True):
                             gram[i:j, start:stop] = product
                             gram[start:stop, i:j] = swap(product)
                 for other, outs in crosses:
                     for i in range(0, len(other), plan.block):
                         block = fill(block_rows, other[i : i + plan.block])
-                        for out, product in zip(outs, rows.contract(block, panel, _matmul), strict=True):
+                        for out, product in zip(outs, rows.contract(block, panel), strict=True):
                             out[i : i + len(block), start:stop] = product
+
+    def _together(
+        self,
+        rows: Rows,
+        plan: Plan,
+        x: Inputs,
+        grams: list[Tensor] | None,
+        crosses: Sequence[tuple[Inputs, list[Tensor]]],
+        progress: bool,
+    ) -> None:
+        """Fill the same from rows that hold layers' inputs and cotangents, all of them at once."""
+        # The rows of x come first, so that their gradients, which multiply all others, are formed once.
+        parts, results = [x, *(other for other, _ in crosses)], [grams, *(out for _, out in crosses)]
+        kept = torch.empty(sum(map(len, parts)), rows.width, dtype=rows.kept, device=x.device)
+        with progress_bar("empirical NTK", len(kept), "samples", enabled=progress) as advance:
+            start = 0
+            for part in itertools.chain.from_iterable(part.split(plan.chunk) for part in parts):
+                rows.fill(kept[start : start + len(part)], part)
+                start += len(part)
+                advance(len(part))
+        n = len(x)
+        for k, product in enumerate(rows.contract(kept if grams is not None else kept[n:], kept[:n])):
+            pieces = product.split([n, *map(len, parts[1:])] if grams is not None else list(map(len, parts[1:])))
+            for out, piece in zip(results if grams is not None else results[1:], pieces, strict=True):
+                assert out is not None
+                out[k].copy_(piece)
+            if grams is not None:
+                grams[k].copy_((grams[k] + swap(grams[k])) / 2)
 
 
 def _empty(rows: Rows, x1: Inputs, x2: Inputs) -> list[Tensor]:
     """Kernels to be filled, (n1, n2) or (n1, n2, C, C), one a part."""
     outputs = (len(rows.cotangents), len(rows.partner.cotangents)) if rows.full else ()
     return [rows.cotangents.new_empty(len(x1), len(x2), *outputs) for _ in rows.parts]
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply rows a (n, C, p) with all rows b (m, C', p) in float32 or better, (n, m, C, C')."""
-    (n, c), (m, c2) = a.shape[:2], b.shape[:2]
-    total = torch.zeros(n * c, m * c2, dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
-    size = max(1, SLICE_COLUMNS // max(c, c2))  # slices of p: one long sum of float32 products would lose two digits
-    for left, right in zip(a.split(size, 2), b.split(size, 2), strict=True):
-        total.addmm_(left.to(total.dtype).reshape(n * c, -1), right.to(total.dtype).reshape(m * c2, -1).T)
-    return total.view(n, c, m, c2).transpose(1, 2)
-
-
-def _same_rows(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply every row of a (n, C, p) with the same row of b (n, C', p), (n, C, C')."""
-    return a @ b.mT

@@ -17,7 +17,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ntk_lightning.kernels.empirical.derivatives import jvp_by_reverse
 from ntk_lightning.kernels.empirical.inputs import Inputs
-from ntk_lightning.kernels.empirical.layer_rules import candidates, hooked, join, layers_with_rules
+from ntk_lightning.kernels.empirical.layer_gradients import cotangents_of, factors_of, write_gradients
+from ntk_lightning.kernels.empirical.layer_rules import AffineLayer, Ruled
+from ntk_lightning.kernels.empirical.layer_search import candidates, hooked, join, layers_with_rules
 from ntk_lightning.kernels.empirical.network_function import NetworkFunction
 from ntk_lightning.kernels.empirical.network_state import Weights, functional_call, usable
 from ntk_lightning.kernels.empirical.rows import Rows
@@ -37,7 +39,8 @@ class GradientRows(Rows):
         by_branch: Let the network ask for the truth of a tensor: samples that answer alike are taken together.
         dense: Make all gradients by vmap, no layer by a rule.
         batched: Pull the cotangents of all outputs back in one pass instead of one after another.
-        ruled: Output shapes of the layers to which rules apply, and the number of outputs, where known.
+        ruled: The layers to which rules apply, and the number of outputs, where known.
+        keep: Keep layers' inputs and cotangents, where that is less than their gradients.
     """
 
     one_by_one = False
@@ -50,23 +53,48 @@ class GradientRows(Rows):
         by_branch: bool = False,
         dense: bool = False,
         batched: bool = False,
-        ruled: tuple[dict[str, torch.Size], int] | None = None,
+        ruled: Ruled | None = None,
+        keep: bool = False,
     ) -> None:
         net, self.by_branch, self.batched, self.forward_mode = function.net, by_branch, batched, True
         tensors = {name: usable(t, function.dtype) for name, t in (*net.named_parameters(), *net.named_buffers())}
         self.ruled = layers_with_rules(function, tensors, sample) if ruled is None else ruled
-        shapes, num_outputs = self.ruled
+        self._make: Callable[..., GradientRows] = partial(
+            GradientRows, function, sample, per_layer, by_branch, dense, batched, self.ruled
+        )
         layers = {} if by_branch or dense else candidates(function)  # a branch may leave one out
-        layers = {name: replace(layer, shape=shapes[name]) for name, layer in layers.items() if name in shapes}
-        count = 1 if isinstance(function.output, int) else num_outputs
-        layers = {name: layer for name, layer in layers.items() if layer.way(count) != "vmap"}
+        layers = {name: self._completed(function, layer, name, tensors) for name, layer in layers.items()}
+        count = 1 if isinstance(function.output, int) else self.ruled.num_outputs
+        layers = {
+            name: layer for name, layer in layers.items() if layer.shape and layer.way(count, function.full) != "vmap"
+        }
         inside = {join(layer, name) for layer in layers for name in ("weight", "bias")}
         self.trainable = {name: tensors[name] for name in function.trainable}
         weights = {name: tensor for name, tensor in self.trainable.items() if name not in inside}
-        super().__init__(function, num_outputs, weights, layers, per_layer)
+        super().__init__(function, self.ruled.num_outputs, weights, layers, per_layer, keep)
         self.fixed = {name: tensor for name, tensor in tensors.items() if name not in weights}
         # Zeros that are added to the output z of a layer with a rule: the gradient in them is the cotangent g = df/dz.
         self.shifts = {name: tensors[join(name, "weight")].new_zeros(layer.shape) for name, layer in layers.items()}
+
+    def _completed(self, function: NetworkFunction, layer: AffineLayer, name: str, tensors: Weights) -> AffineLayer:
+        """The layer with its shapes where rules apply to it, and for the trace with what weighs its channels."""
+        if name not in self.ruled.shapes:
+            return layer
+        input_shape, shape = self.ruled.shapes[name]
+        unit = None
+        if self.ruled.readout is not None and not function.full:
+            if name == self.ruled.readout:  # its cotangents are one-hot
+                unit = torch.eye(self.ruled.num_outputs, dtype=function.dtype, device=function.device)
+            elif name in self.ruled.last:
+                rows = tensors[join(self.ruled.readout, "weight")]  # r_co; a channel that no output reads has none
+                unit = rows / torch.where((norms := rows.norm(dim=0)) > 0, norms, 1)
+        return replace(layer, input_shape=input_shape, shape=shape, unit=unit)
+
+    def layer_by_layer(self) -> Rows | None:
+        """Rows of the same gradients that keep layers' inputs and cotangents, if there are any that hold less so."""
+        rows = self._make(keep=True)
+        rows.measured, rows.kept = self.measured, self.kept
+        return rows if rows.keeps else None
 
     def fill(self, out: Tensor, x: Inputs) -> None:
         """Write the rows of n samples into ``out`` (n, width)."""
@@ -82,21 +110,21 @@ class GradientRows(Rows):
                 flat = (torch.view_as_real(g) if g.is_complex() else g).flatten(2)
                 own[:, :, start : start + flat.shape[2]] = flat
                 start += flat.shape[2]
-            for name, (weight, bias) in part.products.items():
+            for name, (blocks, bias) in part.products.items():
                 layer = self.layers[name]
-                layer.write_gradients(
-                    inputs[name],
-                    cotangents[name],
-                    None if layer.weight is None else out[:, weight].unflatten(1, (count * layer.d_out, layer.d_in)),
-                    None if layer.bias is None else out[:, bias],
-                )
-            for name, (columns, g) in part.factors.items():
-                layer = self.layers[name]
+                g = cotangents_of(layer, cotangents[name]).flatten(1, 2)  # (n, C d_out, T)
+                weight = None
                 if layer.weight is not None:
-                    out[:, columns][:, : layer.d_in] = (inputs[name] * layer.weight).flatten(1)
-                if layer.bias is not None:
-                    out[:, columns][:, -1] = layer.bias
-                out[:, g] = cotangents[name].flatten(1)
+                    weight = [out[:, block].unflatten(1, (g.shape[1], -1)) for block in blocks]
+                write_gradients(layer, inputs[name], g, weight, None if layer.bias is None else out[:, bias])
+            for name, (columns, others) in part.factors.items():
+                layer = self.layers[name]
+                a, g = factors_of(layer, inputs[name], cotangents_of(layer, cotangents[name]), self.full)
+                out[:, columns] = a.flatten(1)
+                out[:, others] = g.flatten(1)
+            for name, (columns, others) in part.kept.items():
+                out[:, columns] = inputs[name].flatten(1)
+                out[:, others] = cotangents_of(self.layers[name], cotangents[name]).flatten(1)
 
     def vjp(self, x: Inputs, cotangents: Tensor) -> Weights:
         """J(x)^T u for cotangents u (k, n, C) of all outputs, summed over the samples: (k, ...)."""

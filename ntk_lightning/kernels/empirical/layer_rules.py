@@ -1,48 +1,55 @@
-"""Affine layers whose gradients are made from their inputs and the cotangents of their outputs, and in which way.
+"""Layers whose gradients are made from their inputs and the cotangents of their outputs, and in which way.
 
 A layer z_p = s W a_p + t b at positions p = 1..T (of one vector T = 1, of tokens, or of pixels: then a_p is the patch
-of a convolution's input below the filter) has, with the cotangents g_cp = d f_c / d z_p of C outputs, the gradients
+of a convolution's input below the filter; in an embedding a_p is the one-hot vector of a token, and W is transposed)
+has, with the cotangents g_cp = d f_c / d z_p of C outputs, the gradients
 
     grad_W f_c = s sum_p g_cp a_p^T,    grad_b f_c = t sum_p g_cp.
 
-The ways to make them, what each multiplies for a sample and keeps in its row (d_in entries of a_p, d_out of z_p), and
-which one ``AffineLayer.way`` chooses:
+The ways to them, with d_in entries of a_p and d_out of z_p; G = C products of outputs for the trace, C^2 with ``full``:
 
-| way     | what is done                                  | multiplications | kept           | chosen for           |
-|---------|-----------------------------------------------|-----------------|----------------|----------------------|
-| factors | nothing: a row holds (s a, t) and all g_c     | 0               | d_in + C d_out | one vector           |
-| product | [g_1 .. g_C] (C d_out, T) times a^T, once     | C T d_in d_out  | C d_in d_out   | C > 1                |
-| vmap    | for each c the gradient of a batch of one     | C T d_in d_out  | C d_in d_out   | C = 1, all else      |
+| way     | what a row keeps of the layer | multiplications for a sample; for a pair         | numbers kept       |
+|---------|-------------------------------|--------------------------------------------------|--------------------|
+| factors | (s a, t) and g_c (T = 1)      | 0; d_in + G d_out                                | d_in + C d_out     |
+|         | (s a_p, t) and g_cp, all p    | 0; T^2 (d_in + G d_out + ENTRY)                  | T (d_in + C d_out) |
+|         | embedding: ids and g_cp       | 0; T^2 (G d_out + ENTRY)                         | T (1 + C d_out)    |
+| product | the gradient                  | C T d_in d_out; G d_in d_out                     | C d_in d_out       |
+| kept    | the layer's input and g_cp    | 0; G d_in d_out, and C T d_in d_out for a sample | inputs + C T d_out |
+| vmap    | the gradient                  | as product, or more                              | C d_in d_out       |
 
-Two rows in factors multiply as <g, g'> <(s a, t), (s a', t)>, and never form the gradient. ``product`` unfolds the
-patches once for all outputs and multiplies them with one wide matrix; ``vmap`` makes a grouped convolution of every
-output, which reads the input again for each and has only d_out columns. With C = 1 both multiply as much, and the
-grouped convolution, which unfolds nothing, is the faster one.
+``factors``: two rows multiply as sum_pp' <g_p, g'_p'> <(s a_p, t), (s a'_p', t)>, and never form the gradient; one-hot
+a_p have the product 1 where the ids are equal. ENTRY is what two passes over a (T, T) matrix cost beside a
+multiplication inside a matrix product. ``product``: the cotangents [g_1 .. g_C] of all outputs (C d_out, T) times the
+patches (T, d_in), see ``layer_gradients``. ``kept`` is chosen for a whole network where its gradients do not fit in
+memory, see ``memory_plan``, for each layer of which it keeps less than ``product``.
+
+``AffineLayer.way`` chooses the way of the fewest multiplications for a pair. Layers of one vector are always kept in
+factors, whose columns are also the fewest. Layers without a rule take the general way, vmap, as does an embedding of
+few tokens.
+
+Normalized trace: where all outputs reach z only through the readout's rows r_c, and channel o of z only entry o of the
+readout's input, then g_cpo = r_co h_po for some h, and sum_c <g_cp, g'_cp'> = <u h_p, u h'_p'> with
+u_o^2 = sum_c r_co^2. One vector h, weighted by u, then stands for the cotangents of all outputs: C is 1 in the table.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ntk_lightning.kernels.empirical.inputs import Inputs
-from ntk_lightning.kernels.empirical.network_function import NetworkFunction
-from ntk_lightning.kernels.empirical.network_state import Weights, functional_call
-from ntk_lightning.networks import NTKConv2d, NTKLinear
+from ntk_lightning.networks import NTKConv1d, NTKConv2d, NTKLinear
 
-__all__ = ["AffineLayer", "Way", "candidates", "hooked", "join", "layers_with_rules"]
+__all__ = ["AffineLayer", "Convolution", "Ruled", "Way"]
 
-Way = Literal["factors", "product", "vmap"]
+Way = Literal["factors", "product", "kept", "vmap"]
+Convolution = nn.Conv1d | nn.Conv2d | NTKConv1d | NTKConv2d
 
-_UNFOLDED_BYTES = 2**22  # of patches at once on a CPU, so that they are multiplied while they are in its cache
+_ENTRY = 32  # multiplications inside a matrix product that take as long as an entry of <g, g'> <a, a'> and its sum
+_SHIFTED_POSITIONS = 64  # fewer make too thin products, and fewer inputs too narrow ones
+_SHIFTED_INPUTS = 32
 
 
 @dataclass(frozen=True)
@@ -53,188 +60,129 @@ class AffineLayer:
         module: The layer.
         weight: s.
         bias: t.
-        shape: Of its output for one sample, empty before that is known.
+        input_shape: Of its input for one sample, (1, ...); empty before that is known.
+        shape: Of its output for one sample, (1, ...).
+        unit: r_co / u_o, (C, d_out), where h stands for the cotangents of all outputs.
     """
 
-    module: nn.Linear | NTKLinear | nn.Conv2d | NTKConv2d
+    module: nn.Linear | NTKLinear | nn.Embedding | Convolution
     weight: float | None
     bias: float | None
+    input_shape: tuple[int, ...] = ()
     shape: tuple[int, ...] = ()
+    unit: Tensor | None = None
 
     @property
     def convolves(self) -> bool:
         """Whether its positions are the pixels of a convolution."""
-        return isinstance(self.module, nn.Conv2d | NTKConv2d)
+        return isinstance(self.module, Convolution)
+
+    @property
+    def embeds(self) -> bool:
+        """Whether its inputs are the ids of tokens."""
+        return isinstance(self.module, nn.Embedding)
 
     @property
     def d_in(self) -> int:
         """Entries of a_p."""
-        return prod(self.module.weight.shape[1:])
+        return len(self.module.weight) if self.embeds else prod(self.module.weight.shape[1:])
 
     @property
     def d_out(self) -> int:
         """Entries of z_p."""
-        return len(self.module.weight)
+        return self.module.weight.shape[1] if self.embeds else len(self.module.weight)
+
+    @property
+    def positions(self) -> int:
+        """T."""
+        return prod(self.shape) // self.d_out
+
+    @property
+    def digits(self) -> int:
+        """Digits base 256 of an id, which rows of every precision hold exactly."""
+        return max(1, -(-(self.d_in - 1).bit_length() // 8))
 
     @property
     def num_inputs(self) -> int:
-        """Entries of (s a, t)."""
+        """Entries of (s a_p, t), or of an id."""
+        if self.embeds:
+            return self.digits
         return (self.weight is not None) * self.d_in + (self.bias is not None)
 
-    def way(self, num_cotangents: int) -> Way:
-        """Choose by the table of this file how the gradients of C outputs are made."""
-        if not self.convolves and prod(self.shape) == self.d_out:
-            return "factors"
-        return "product" if num_cotangents > 1 else "vmap"
+    @property
+    def filter(self) -> tuple[int, int]:
+        """Height and width of a convolution's filter."""
+        *height, width = self.module.weight.shape[2:]
+        return height[0] if height else 1, width
 
-    def write_gradients(self, a: Tensor, g: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-        """Write the gradients of n samples, as one product a sample that is as wide as all outputs' cotangents.
+    @property
+    def shifts(self) -> bool:
+        """Whether patches are unfolded along rows only, and shifted along columns: see ``layer_gradients``."""
+        if not self.convolves:
+            return False
+        stride = self.module.stride
+        if any(step != 1 for step in (stride if isinstance(stride, tuple) else (stride,))):
+            return False
+        inputs = self.module.weight.shape[1] * self.filter[1]
+        return self.filter == (1, 1) or (self.positions >= _SHIFTED_POSITIONS and inputs >= _SHIFTED_INPUTS)
+
+    @property
+    def blocks(self) -> int:
+        """Into how many groups of d_in / blocks inputs its gradient falls, each one product."""
+        return self.filter[0] if self.shifts else 1
+
+    def count(self, num_cotangents: int) -> int:
+        """Cotangents that a row holds of it, where the network has so many."""
+        return num_cotangents if self.unit is None else 1
+
+    def costs(self, num_cotangents: int, full: bool) -> dict[Way, int]:
+        """Multiplications for a pair of samples by each way, as in the table of this file."""
+        c, t, d_out = self.count(num_cotangents), self.positions, self.d_out
+        pairs = c * c if full else c
+        if self.embeds:
+            return {"factors": t * t * (pairs * d_out + _ENTRY), "vmap": pairs * self.d_in * d_out}
+        factors = self.num_inputs + pairs * d_out
+        if t > 1:
+            factors = t * t * (factors + _ENTRY)
+        return {"factors": factors, "product": pairs * self.num_inputs * d_out}
+
+    def way(self, num_cotangents: int, full: bool, keep: bool = False) -> Way:
+        """Choose by the table of this file how the gradients of C outputs are made.
 
         Args:
-            a: Inputs of the layer, (n, ...).
-            g: Cotangents of its output, (n, C, ...).
-            weight: Where the gradients of the weight go, (n, C * d_out, d_in), or None where it is not trained.
-            bias: Where those of the bias go, (n, C * d_out), or None.
+            num_cotangents: C.
+            full: All products of outputs, instead of the trace.
+            keep: Keep inputs and cotangents, where that is less than the gradients.
+
+        Returns:
+            The way.
         """
-        n, d_in, d_out = len(a), self.d_in, self.d_out
-        if self.convolves:
-            g = g.reshape(n, -1, prod(self.shape[-2:]))  # (n, C d_out, T)
-        else:
-            g = g.reshape(n, g.shape[1], -1, d_out).mT.reshape(n, g.shape[1] * d_out, -1)
-        if bias is not None:
-            bias.copy_(g.sum(-1).mul_(self.bias or 0.0))
-        if weight is None:
-            return
-        together = n
-        if a.device.type == "cpu":
-            together = max(1, _UNFOLDED_BYTES // (g.shape[-1] * d_in * a.element_size()))
-        for a_few, g_few, out in zip(a.split(together), g.split(together), weight.split(together), strict=True):
-            patches = self._patches(a_few)  # (n, T, d_in)
-            if out.dtype == g.dtype:
-                torch.baddbmm(out, g_few, patches, beta=0, alpha=self.weight or 0.0, out=out)
-            else:
-                out.copy_(torch.bmm(g_few, patches).mul_(self.weight or 0.0))
+        costs = self.costs(num_cotangents, full)
+        if self.positions == 1 and not self.embeds:
+            return "factors"
+        cheapest = min(costs, key=costs.__getitem__)
+        if keep and cheapest == "product":
+            gradient = self.count(num_cotangents) * self.num_inputs * self.d_out
+            return "kept" if sum(self.kept(num_cotangents)) < gradient else "product"
+        return cheapest
 
-    def _patches(self, a: Tensor) -> Tensor:
-        """What the layer multiplies with its weight at every position, (n, T, d_in)."""
-        if not self.convolves:
-            return a.reshape(len(a), -1, self.d_in)
-        return F.unfold(a.flatten(0, 1), **_unfolding(self.module)).mT
+    def kept(self, num_cotangents: int) -> tuple[int, int]:
+        """Columns of its input and of its cotangents."""
+        return prod(self.input_shape), self.count(num_cotangents) * prod(self.shape)
 
 
-def _unfolding(conv: nn.Module) -> dict[str, int | tuple[int, ...]]:
-    """Size, padding, stride and dilation of a convolution's filter, as F.unfold wants them."""
-    if isinstance(conv, NTKConv2d):
-        return {"kernel_size": conv.kernel_size, "padding": conv.pad, "stride": conv.stride}
-    assert isinstance(conv, nn.Conv2d)
-    padding = conv.padding
-    if isinstance(padding, str):  # "same" pads an odd filter alike on both sides
-        reach = [d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        padding = (reach[0], reach[1]) if padding == "same" else (0, 0)
-    return {
-        "kernel_size": conv.kernel_size,
-        "padding": padding,
-        "stride": conv.stride,
-        "dilation": conv.dilation,
-    }
-
-
-def join(prefix: str, name: str) -> str:
-    """Name of a parameter of a module; the network itself has an empty name."""
-    return f"{prefix}.{name}" if prefix else name
-
-
-@contextmanager
-def hooked(layers: dict[str, AffineLayer], replace: Callable[[str, Tensor, Tensor], Tensor]) -> Iterator[None]:
-    """Let ``replace(name, input, output)`` give the layers' outputs while the body runs."""
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
-        return lambda module, inputs, z: replace(name, inputs[0], z)
-
-    handles = [layer.module.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def layers_with_rules(function: NetworkFunction, tensors: Weights, sample: Inputs) -> tuple[dict[str, torch.Size], int]:
-    """Find the layers to which the rules of this file apply, by running one sample.
+@dataclass(frozen=True)
+class Ruled:
+    """The layers of a network to which rules apply.
 
     Args:
-        function: The network and its trainable parameters.
-        tensors: All parameters and buffers.
-        sample: One sample.
-
-    Returns:
-        The shapes of the layers' outputs by name: each is called once, on one sample, and nothing else reads its
-        parameters. And the number of outputs.
+        shapes: Of the inputs and outputs of each, for one sample, by name.
+        readout: The layer whose outputs are those of the network, or None.
+        last: Layers that reach the outputs through the readout alone, channel by channel.
+        num_outputs: Of the network.
     """
-    layers = candidates(function)
-    calls: Counter[str] = Counter()
-    shapes: dict[str, torch.Size] = {}
 
-    def without_parameters(name: str, a: Tensor, z: Tensor) -> Tensor:
-        # The output keeps its value and its dependence on the input a, but not that on the layer's own weight and bias.
-        # A gradient that still reaches those comes from another use of them: a tied layer, F.linear(h, layer.weight).
-        calls[name] += 1
-        if len(z) == 1 and (z.dim() == 4 or not layers[name].convolves):
-            shapes[name] = z.shape
-        return z.detach() + 0 * a.sum()
-
-    leaves = {name: tensors[name].clone().requires_grad_() for name in function.trainable}
-    buffers = {name: tensors[name].clone() for name, _ in function.net.named_buffers()}  # it may write into them
-    with torch.enable_grad(), hooked(layers, without_parameters):
-        returned = functional_call(function.net, {**tensors, **leaves, **buffers}, *sample.arguments())
-        outputs = function.select(returned)
-        summed = outputs.sum()
-    used = set()
-    if summed.requires_grad:
-        gradients = torch.autograd.grad(summed, list(leaves.values()), allow_unused=True)
-        used = {name for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
-
-    def alone(name: str) -> bool:
-        return calls[name] == 1 and used.isdisjoint(join(name, key) for key in ("weight", "bias"))
-
-    return {name: shape for name, shape in shapes.items() if alone(name)}, outputs.numel()
-
-
-def candidates(function: NetworkFunction) -> dict[str, AffineLayer]:
-    """Find fully connected layers and convolutions without hooks that own plain, real, untied parameters.
-
-    Args:
-        function: The network and its trainable parameters.
-
-    Returns:
-        The layers by name, without the shapes of their outputs.
-    """
-    net = function.net
-    uses = Counter(id(parameter) for _, parameter in net.named_parameters(remove_duplicate=False))
-    layers = {}
-    for name, module in net.named_modules():
-        if not _has_rule(module) or module._forward_hooks or module._forward_pre_hooks:
-            continue
-        own = dict(module.named_parameters())
-        plain = all(uses[id(p)] == 1 and p.is_floating_point() for p in own.values())
-        if "weight" in own and own.keys() <= {"weight", "bias"} and plain:
-            ntk = isinstance(module, NTKLinear | NTKConv2d)
-            scales = {
-                "weight": module.weight_scale if ntk else 1.0,
-                "bias": module.bias_scale if ntk else 1.0,
-            }
-            trained = (scales[key] if join(name, key) in function.trainable else None for key in ("weight", "bias"))
-            weight, bias = trained
-            if weight is not None or bias is not None:
-                layers[name] = AffineLayer(module, weight, bias)
-    return layers
-
-
-def _has_rule(module: nn.Module) -> bool:
-    """Whether it is affine at every position, by its type and its filter."""
-    if type(module) is NTKConv2d:
-        return module.padding_mode == "zeros"
-    if type(module) is not nn.Conv2d:
-        return type(module) in (nn.Linear, NTKLinear)
-    even = any(d * (k - 1) % 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
-    return module.groups == 1 and module.padding_mode == "zeros" and not (module.padding == "same" and even)
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    readout: str | None
+    last: frozenset[str]
+    num_outputs: int

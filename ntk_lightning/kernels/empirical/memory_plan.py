@@ -5,25 +5,35 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from ntk_lightning.kernels.empirical.inner_products import SLICE_COLUMNS
 from ntk_lightning.kernels.empirical.inputs import Inputs
 from ntk_lightning.kernels.empirical.rows import Rows
 
-__all__ = ["SLICE_COLUMNS", "Plan", "chunk_size", "divide", "parse_bytes"]
-
-SLICE_COLUMNS = 2**13  # of rows, multiplied at once; those of bfloat16 are turned into float32 for it
+__all__ = ["Plan", "choose_plan", "chunk_size", "divide", "parse_bytes"]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**31}  # on a CPU small tensors are faster: they stay in the cache and the heap
 _BLOCK = 128
+_SCRATCH = 2**25  # of temporaries of products, where the budget has them
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Samples whose gradients are formed at once, are multiplied with a panel at once, and stay."""
+    """How a Gram is divided.
+
+    Args:
+        chunk: Samples whose gradients are formed at once.
+        block: Samples that are multiplied with a panel at once.
+        panel: Samples that stay.
+        scratch: Bytes for temporaries of their products.
+        together: All samples stay, those of all inputs, and are multiplied in one go.
+    """
 
     chunk: int
     block: int
     panel: int
+    scratch: int
+    together: bool = False
 
 
 def chunk_size(budget: int, rows: Rows, x: Inputs, kept: int = 0) -> tuple[int, int]:
@@ -73,21 +83,115 @@ def divide(budget: int, rows: Rows, x: Inputs, others: int, half: bool) -> Plan:
     Raises:
         ValueError: The budget cannot hold the gradients of one pair of samples.
     """
-    n, item = len(x), rows.function.dtype.itemsize
-    # One row; rows in bfloat16 also need a slice of it in float32 while it is multiplied, and those of outputs kept
-    # apart a slice of it in another order.
-    row = rows.width * (2 if half else item) + (half or rows.full) * item * min(rows.width, SLICE_COLUMNS)
-    # One pair of samples of a block of the Gram: the product of each part, and the four temporaries of the one in work
-    # (two factors, one slice's product, their sum), each for all pairs of outputs that are kept apart.
-    pair = (4 + len(rows.parts)) * rows.groups * rows.partner.groups * item
-    chunk, work = chunk_size(budget, rows, x, kept=2 * row + pair)
-    free = budget - work - budget // 16  # a sixteenth for what allocators keep of freed memory
+    n = len(x)
+    row, pair = _row_and_pair(rows, half)
+    least = rows.least_scratch(2)
+    chunk, work = chunk_size(budget, rows, x, kept=2 * row + pair + least)
+    spare = budget - work - budget // 16  # a sixteenth for what allocators keep of freed memory
+    scratch = max(least, min(_SCRATCH, spare // 8)) if least else 0
+    free = spare - scratch
     # A block's rows take an eighth of what is free at most, the panel's rows and one block of the Gram the rest.
     block = max(1, min(_BLOCK, n, free // (8 * row)))
     if not others and n * (row + block * pair) <= free:
-        return Plan(chunk, block, n)
+        return Plan(chunk, block, n, scratch)
     panel = max(1, min(n, (free - block * row) // (row + block * pair)))
-    return Plan(chunk, block, -(-n // -(-n // panel)))  # as many panels, of equal size
+    return Plan(chunk, block, _even(n, panel), scratch)
+
+
+def choose_plan(budget: int, rows: Rows, x: Inputs, others: int, half: bool, gram: bool) -> tuple[Rows, Plan]:
+    """Choose whether a row keeps its gradients, or layers' inputs and cotangents, of which more fit in the memory.
+
+    Where the gradients of all samples do not fit, they are formed again for every panel. From inputs and cotangents
+    they are formed when they are multiplied: once, where those of all samples fit, else once for every other panel.
+
+    Args:
+        budget: Bytes for everything besides inputs and results.
+        rows: Rows of gradients.
+        x: Inputs (n, ...) whose Gram, or kernels with others, are computed.
+        others: How many other inputs are multiplied with them.
+        half: Keep rows in bfloat16.
+        gram: Whether the Gram of x is wanted.
+
+    Returns:
+        The rows and the plan of the fewest passes and gradients.
+
+    Raises:
+        ValueError: The budget holds neither.
+    """
+    n = len(x)
+
+    def passes(panel: int) -> int:
+        """Samples that are passed through the network: of x those of later panels again for each, and all others."""
+        panels = -(-n // panel)
+        return (n * (panels + 1) // 2 if gram else n) + panels * others
+
+    plan = refused = None
+    try:
+        plan = divide(budget, rows, x, others, half)
+    except ValueError as error:
+        refused = error
+    if plan is None or plan.panel < n:
+        kept = rows.layer_by_layer()
+        other = None if kept is None else _divide_kept(budget, kept, x, others, half)
+        if kept is not None and other is not None:
+            if other.together:
+                formed = n + others
+            else:
+                panels = -(-n // other.panel)
+                formed = (n * panels if gram else n * -(-others // other.panel)) + others * panels
+            if plan is None or passes(other.panel) + formed < 2 * passes(plan.panel):
+                return kept, other
+    if plan is None:
+        assert refused is not None
+        raise refused
+    return rows, plan
+
+
+def _divide_kept(budget: int, rows: Rows, x: Inputs, others: int, half: bool) -> Plan | None:
+    """Divide a memory budget for rows of inputs and cotangents: all together if they fit, else in equal panels."""
+    n = len(x)
+    row, pair = _row_and_pair(rows, half)
+    available = budget - budget // 16
+    try:
+        chunk, work = chunk_size(budget, rows, x, kept=2 * row + pair)
+    except ValueError:
+        return None
+
+    def spare(kept: int, pairs: int) -> int:
+        """Bytes left for products, beside what allocators may keep of the memory in which the rows were made."""
+        left = available - kept * row - pairs * pair - work
+        return left if left >= rows.least_scratch(kept) else 0
+
+    if scratch := spare(n + others, (n + others) * n):
+        return Plan(chunk, n, n, scratch, together=True)
+    panel = next((p for p in _halvings(n) if spare(2 * p, p * p)), 0)
+    return Plan(chunk, panel, panel, spare(2 * panel, panel * panel)) if panel else None
+
+
+def _halvings(n: int) -> list[int]:
+    """Sizes of 2, 3, 4, 5, 6, 8, ... equal panels of n."""
+    counts, count = [], 2
+    while count <= n:
+        counts.append(-(-n // count))
+        count += max(1, count // 4)
+    return counts
+
+
+def _even(n: int, most: int) -> int:
+    """The size of as many panels as the largest would make, of equal size."""
+    return -(-n // -(-n // most))
+
+
+def _row_and_pair(rows: Rows, half: bool) -> tuple[int, int]:
+    """Bytes of a row, and of a pair of samples while it is multiplied."""
+    item = rows.function.dtype.itemsize
+    # One row; rows in bfloat16 also need a slice of it in float32 while it is multiplied, and those of outputs or
+    # positions kept apart a slice of it in another order.
+    copied = half or rows.full or rows.least_scratch(2) > 0
+    row = rows.width * (2 if half else item) + copied * item * min(rows.width, SLICE_COLUMNS)
+    # One pair of samples of a block of the Gram: the product of each part, and the four temporaries of the one in work
+    # (two factors, one slice's product, their sum), each for all pairs of outputs that are kept apart.
+    return row, (4 + len(rows.parts)) * rows.groups * rows.partner.groups * item
 
 
 def parse_bytes(memory: str | int) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ntk_lightning.kernels.empirical.inner_products import Pairs, by_factors, by_kept, least_kept_bytes, multiply
 from ntk_lightning.kernels.empirical.inputs import Inputs
 from ntk_lightning.kernels.empirical.layer_rules import AffineLayer
 from ntk_lightning.kernels.empirical.network_function import NetworkFunction
@@ -29,20 +29,24 @@ class Part:
         name: Of the module that owns them; empty for the whole network.
         weights: Names of parameters whose gradients are made by vmap or one by one.
         own: Columns of these gradients, [u1: grad w1, grad w2, ... | u2: ...] for cotangents u1, u2, ...
-        products: For each layer whose gradients are one wide product, the columns of its weight and of its bias, each
-            [u1 | u2 | ...]; empty where not trained.
-        factors: For each layer kept in factors the columns of (s a, t), and those of its cotangents g, [u1 | u2 | ...].
+        products: For each layer whose gradients are wide products, the columns of its weight, one slice for each block
+            of inputs, and those of its bias, each [u1 | u2 | ...]; empty where not trained.
+        factors: For each layer kept in factors the columns of its inputs, and those of its cotangents.
+        kept: For each layer whose gradients are formed when they are multiplied, the same.
     """
 
     name: str
     weights: tuple[str, ...]
     own: slice
-    products: dict[str, tuple[slice, slice]]
+    products: dict[str, tuple[tuple[slice, ...], slice]]
     factors: dict[str, tuple[slice, slice]]
+    kept: dict[str, tuple[slice, slice]]
 
     def gradients(self, full: bool) -> list[slice]:
-        """Columns of all gradients that are not in factors: at once, or those that hold outputs side by side."""
-        blocks = [self.own, *itertools.chain.from_iterable(self.products.values())]
+        """Columns of all gradients that are formed: at once, or those that hold outputs side by side."""
+        blocks = [self.own]
+        for weight, bias in self.products.values():
+            blocks += [*weight, bias]
         return blocks if full else [slice(self.own.start, blocks[-1].stop)]
 
 
@@ -50,18 +54,19 @@ class Rows(ABC):
     """Gradients of the outputs of single samples, one row a sample.
 
     A row holds the parts one after another; a part its weights' gradients, then the gradients of each layer that are
-    one product, then for each of its factored layers the input of the layer and the cotangents of its output:
+    wide products, then for each of its factored or kept layers the input of the layer and the cotangents of its output:
 
         [ u1: grad w1, grad w2, ... | u2: grad w1, ... ]
         [ layer 1: u1: grad W | u2: grad W | u1: grad b | u2: grad b | layer 2: ... ]
         [ layer 3: s a, t | g of u1 | g of u2 | layer 4: ... ]
 
     Args:
-        function: What is differentiated.
+        function: The network and its outputs.
         num_outputs: Its outputs.
         weights: Parameters whose gradients are made by vmap or one by one.
         layers: Layers whose gradients are made by a rule.
         per_layer: Make a part of every module that owns parameters, instead of one of all.
+        keep: Keep layers' inputs and cotangents, where that is less than their gradients.
     """
 
     def __init__(
@@ -71,39 +76,48 @@ class Rows(ABC):
         weights: Weights,
         layers: dict[str, AffineLayer],
         per_layer: bool,
+        keep: bool = False,
     ) -> None:
         self.function, self.num_outputs, self.weights, self.layers = function, num_outputs, weights, layers
         self.cotangents = function.cotangents(num_outputs)
         self.full, self.groups = function.full, len(self.cotangents) if function.full else 1
         self.partner: Rows = self  # makes the rows of the kernel's second argument, in the same parts
         self.kept = function.dtype  # of rows that stay
+        self.scratch = 2**25  # bytes for products of all positions, and for gradients that are formed to be multiplied
+        self.measured: dict[Hashable, int] = {}  # bytes, by number of samples, precision and what is kept
+        self.ways = {name: layer.way(len(self.cotangents), self.full, keep) for name, layer in layers.items()}
+        self.keeps = "kept" in self.ways.values()
         self.together = 2**31  # how many vectors products take at once
-        self.measured: dict[Hashable, int] = {}  # bytes, by number of samples and precision
         self.width, self.parts = 0, []
         owners: dict[str, None] = dict.fromkeys(name.rpartition(".")[0] for name in function.trainable)
         for owner in owners if per_layer else [None]:
             own = tuple(name for name in weights if owner is None or name.rpartition(".")[0] == owner)
             sizes = [(torch.view_as_real(w) if w.is_complex() else w).numel() for w in map(weights.__getitem__, own)]
-            part = Part(owner or "", own, self._columns(sum(sizes)), {}, {})
+            part = Part(owner or "", own, self._columns(sum(sizes) * len(self.cotangents)), {}, {}, {})
             ruled = {name: layer for name, layer in layers.items() if owner is None or name == owner}
             for name, layer in ruled.items():
-                if layer.way(len(self.cotangents)) == "product":
-                    weight, bias = layer.weight is not None, layer.bias is not None
-                    part.products[name] = (
-                        self._columns(weight * layer.d_out * layer.d_in),
-                        self._columns(bias * layer.d_out),
-                    )
+                if self.ways[name] == "product":
+                    part.products[name] = self._of_gradients(layer)
             for name, layer in ruled.items():
-                if layer.way(len(self.cotangents)) == "factors":
-                    inputs = slice(self.width, self.width + layer.num_inputs)
-                    self.width = inputs.stop
-                    part.factors[name] = inputs, self._columns(layer.d_out)
+                if self.ways[name] == "factors":
+                    inputs = self._columns(layer.positions * layer.num_inputs)
+                    part.factors[name] = inputs, self._columns(layer.kept(len(self.cotangents))[1])
+                elif self.ways[name] == "kept":
+                    held = layer.kept(len(self.cotangents))
+                    part.kept[name] = self._columns(held[0]), self._columns(held[1])
             self.parts.append(part)
 
     def _columns(self, size: int) -> slice:
-        """Columns for a vector of this size for every cotangent."""
-        start, self.width = self.width, self.width + size * len(self.cotangents)
+        """The next columns of this number."""
+        start, self.width = self.width, self.width + size
         return slice(start, self.width)
+
+    def _of_gradients(self, layer: AffineLayer) -> tuple[tuple[slice, ...], slice]:
+        """Columns of the gradients of a weight, block by block, and of a bias."""
+        weight, bias = layer.weight is not None, layer.bias is not None
+        channels = layer.count(len(self.cotangents)) * layer.d_out
+        blocks = [self._columns(weight * channels * (layer.d_in // layer.blocks)) for _ in range(layer.blocks)]
+        return tuple(blocks), self._columns(bias * channels)
 
     @abstractmethod
     def fill(self, out: Tensor, x: Inputs) -> None:
@@ -122,9 +136,13 @@ class Rows(ABC):
     def one_by_one(self) -> bool:
         """Whether gradients are made one sample at a time, so that chunks would only cost memory."""
 
+    def layer_by_layer(self) -> Rows | None:
+        """Rows of the same gradients that keep layers' inputs and cotangents, if there are any that hold less so."""
+        return None
+
     def workspace(self, x: Inputs) -> int:
         """Bytes that operations allocate while the rows of x are made, as if none were freed before the end."""
-        key = len(x), self.kept
+        key = len(x), self.kept, self.keeps
         if key not in self.measured:
             meter = AllocationMeter()
             with meter:
@@ -132,29 +150,41 @@ class Rows(ABC):
             self.measured[key] = meter.nbytes
         return self.measured[key]
 
-    def contract(self, a: Tensor, b: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+    def least_scratch(self, n: int) -> int:
+        """Bytes without which products of n rows would be slow, or could not be made."""
+        item = self.function.dtype.itemsize
+        least = [0]
+        for name, layer in self.layers.items():
+            if self.ways[name] == "factors" and (layer.positions > 1 or layer.embeds):
+                least.append(3 * item * (layer.positions * self.groups) ** 2)
+            elif self.ways[name] == "kept":
+                least.append(least_kept_bytes(layer, len(self.cotangents), item, n))
+        return max(least)
+
+    def contract(self, a: Tensor, b: Tensor, pairs: Pairs = "all") -> list[Tensor]:
         """Inner products of rows a (n1, width) and the partner's rows b (n2, width), part by part.
 
         Args:
             a: Rows.
             b: Rows of the partner, which is this unless the kernel is one between two functions.
-            product: Inner products of columns of a, (n1, C, p), with those of b, (n2, C', p): (n1, n2, C, C'), or
-                (..., C, C') of whatever other pairs of rows. C = C' = 1 where outputs are not kept apart.
+            pairs: Of all pairs of rows, or of each row with the same of b.
 
         Returns:
-            One tensor a part, of the shape that ``product`` gives, without C and C' where outputs are not kept apart.
+            One tensor a part, (n1, n2, C, C') or (n1, C, C'), without C and C' where outputs are not kept apart.
         """
 
         def kernel(mine: Part, theirs: Part) -> Tensor:
-            first, second = self.groups, self.partner.groups
+            groups = self.groups, self.partner.groups
             (i, j), *others = zip(mine.gradients(self.full), theirs.gradients(self.full), strict=True)
-            total = product(_apart(a, i, first), _apart(b, j, second))
+            total = multiply(_apart(a, i, groups[0]), _apart(b, j, groups[1]), pairs)
             for i, j in others:
-                total += product(_apart(a, i, first), _apart(b, j, second))
-            for (inputs, g), (inputs2, g2) in zip(mine.factors.values(), theirs.factors.values(), strict=True):
-                # <g, g'> <(s a, t), (s a', t)>
-                factor = product(_apart(a, g, first), _apart(b, g2, second))
-                total += factor.mul_(product(_apart(a, inputs, 1), _apart(b, inputs2, 1)))
+                total += multiply(_apart(a, i, groups[0]), _apart(b, j, groups[1]), pairs)
+            for name, (x, g) in mine.factors.items():
+                left, right = ((rows[:, x], rows[:, g]) for rows in (a, b))
+                total += by_factors(self.layers[name], left, right, groups, self.scratch, pairs)
+            for name, (x, g) in mine.kept.items():
+                left, right = ((rows[:, x], rows[:, g]) for rows in (a, b))
+                total += by_kept(self.layers[name], left, right, groups, self.scratch)
             return total if self.full else total[..., 0, 0]
 
         return [kernel(*pair) for pair in zip(self.parts, self.partner.parts, strict=True)]

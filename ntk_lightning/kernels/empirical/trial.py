@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ntk_lightning.kernels.empirical.derivatives import ForwardModeWatch, is_adjoint
 from ntk_lightning.kernels.empirical.gradients import GradientRows
 from ntk_lightning.kernels.empirical.inputs import Inputs
+from ntk_lightning.kernels.empirical.layer_rules import Ruled
 from ntk_lightning.kernels.empirical.network_function import NetworkFunction
 from ntk_lightning.kernels.empirical.network_state import Weights
 from ntk_lightning.kernels.empirical.rows import AllocationMeter, Rows, real_flat
@@ -32,7 +33,7 @@ from ntk_lightning.kernels.empirical.sample_independence import (
 from ntk_lightning.kernels.empirical.slow_path import OneByOneRows, PlainNetwork
 from ntk_lightning.kernels.empirical.standard_layers import is_standard
 
-__all__ = ["choose_products", "choose_rows"]
+__all__ = ["choose_products", "choose_rows", "share_findings"]
 
 _Way = Literal["at once", "by branch", "one by one", "forward", "reverse"]
 
@@ -49,11 +50,24 @@ class _Found:
     batched: bool = False  # whether one pass pulls back all cotangents
     num_outputs: int = 0
     nbytes: int = 0
-    ruled: tuple[dict[str, torch.Size], int] | None = None  # of GradientRows, once it was asked
+    ruled: Ruled | None = None  # of GradientRows, once it was asked
     measured: dict[Hashable, dict[Hashable, int]] = field(default_factory=dict)  # likewise, by its options
 
 
 _known: WeakKeyDictionary[nn.Module, dict[Hashable, _Found]] = WeakKeyDictionary()
+_of_runs: WeakKeyDictionary[nn.Module, dict[Hashable, dict[Hashable, _Found]]] = WeakKeyDictionary()
+
+
+def share_findings(copy: nn.Module, trainable: tuple[str, ...], network: nn.Module) -> None:
+    """Let all copies of one network that is trained share what the first of them is found to be.
+
+    Args:
+        copy: A copy of the network at some step.
+        trainable: Names of the copy's parameters that are differentiated.
+        network: The network in training; its weights change, and what it is made of seldom does.
+    """
+    made_of = trainable, tuple((name, type(module)) for name, module in copy.named_modules())
+    _known[copy] = _of_runs.setdefault(network, {}).setdefault(made_of, {})
 
 
 def choose_rows(function: NetworkFunction, inputs: list[Inputs], per_layer: bool = False, dense: bool = False) -> Rows:
@@ -163,7 +177,7 @@ def _try(plain: PlainNetwork, samples: Inputs) -> _Found:
             if "control flow" not in refused and ".item()" not in refused:
                 break
         else:
-            if agree(rows.contract(made, made, _pairs)[0], expected, 1e-12, 1e-3):
+            if agree(rows.contract(made, made)[0], expected, 1e-12, 1e-3):
                 batched = again.numel() > 1 and _pulls_at_once(function, samples, way == "by branch", u, expected)
                 return _Found(way, batched=batched, num_outputs=again.numel(), nbytes=meter.nbytes)
             break
@@ -193,12 +207,7 @@ def _pulls_at_once(function: NetworkFunction, samples: Inputs, by_branch: bool, 
     except Exception as error:  # whatever torch.func cannot transform twice, in whatever way it says so
         _log.info("The outputs of %s are differentiated one after another: %s", type(function.net).__name__, error)
         return False
-    return agree(rows.contract(made, made, _pairs)[0][..., 0, 0], expected, 1e-12, 1e-3)
-
-
-def _pairs(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of all pairs, (n, m, C, C')."""
-    return torch.einsum("icp,jdp->ijcd", a, b)
+    return agree(rows.contract(made, made)[0][..., 0, 0], expected, 1e-12, 1e-3)
 
 
 def _try_products(rows: GradientRows, plain: OneByOneRows, samples: Inputs) -> _Way:
