@@ -204,7 +204,7 @@ def test_a_plan_counts_what_will_be_computed(tmp_path: Path, monkeypatch: pytest
     counted = pairs_of(monkeypatch)
     run_study(config, tmp_path, cpus=1)
     assert sum(counted) == plan.pairs
-    rest = plan_study(replace(config, arms=[*config.arms, Arm("more", after=[6])]), tmp_path)
+    rest = plan_study(replace(config, name="other", arms=[Arm("more", after=[6])]), tmp_path)
     assert (len(rest.keys), rest.samples, rest.pairs) == (6, 0, 0)  # their networks are trained
 
 

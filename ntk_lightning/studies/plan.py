@@ -22,7 +22,7 @@ from ntk_lightning.studies.plan_rates import Rates
 from ntk_lightning.studies.predictions import PREDICT_MAX
 from ntk_lightning.studies.schema import TRAINED, WIDTH_FREE
 from ntk_lightning.studies.shared_gram import missing_pairs
-from ntk_lightning.studies.trained import training
+from ntk_lightning.studies.trained import trained_path, training
 
 __all__ = ["Plan", "plan_cells", "print_plan", "write_plan"]
 
@@ -102,7 +102,8 @@ class _Planner:
     def _train(self, cell: Cell) -> None:
         """Count a training run, if its network is not there yet."""
         key = training(cell).key
-        if cell.model == "network" and key in self._trained and not (cell.kernels_at or cell.log_spaced):
+        there = key in self._trained or trained_path(self.folder, cell, None, self.loaded).exists()
+        if cell.model == "network" and there and not (cell.kernels_at or cell.log_spaced):
             return
         self._trained.add(key)
         rates, epochs = self.rates.training(cell), self._epochs(cell)

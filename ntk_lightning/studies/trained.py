@@ -75,19 +75,19 @@ def training(cell: Cell) -> Cell:
     return replace(cell, after=(), after_fresh=(), kernels_at=None, log_spaced=None, data=data)
 
 
-def trained_path(folder: Path, cell: Cell, data: ImageDataModule, loaded: LoadedData | None = None) -> Path:
+def trained_path(folder: Path, cell: Cell, data: ImageDataModule | None, loaded: LoadedData | None = None) -> Path:
     """Name the file of a cell's trained network, by all that its training depends on.
 
     Args:
         folder: Of the results.
         cell: A cell that trains a network.
-        data: Its data, set up.
+        data: Its data, set up; not needed with ``loaded``.
         loaded: What the study has seen of its data, which is part of the name; None takes the sets themselves.
 
     Returns:
         The file, which need not be there.
     """
-    sets = (data.train_set, data.test_set)
+    sets = () if data is None else (data.train_set, data.test_set)
     content = [loaded.digest] if loaded else [digest(tensor) for each in sets if each for tensor in (each.x, each.y)]
     name = hashlib.sha256(json.dumps([training(cell).key, content]).encode()).hexdigest()[:KEY_LENGTH]
     return folder / "networks" / f"{name}.pt"
