@@ -14,6 +14,7 @@ from ntk_lightning.kernels import EmpiricalNTK
 from ntk_lightning.kernels.empirical.evaluation import evaluation_ntk
 from ntk_lightning.kernels.empirical.inputs import Inputs
 from ntk_lightning.kernels.empirical.network_function import Output, select_output
+from ntk_lightning.kernels.empirical.trial import share_findings
 from ntk_lightning.kernels.grams.agreement import agree_on_kernel
 from ntk_lightning.precision import at_least_float32
 from ntk_lightning.pytrees import Tree
@@ -29,7 +30,7 @@ __all__ = [
     "predict",
 ]
 
-_CHUNK = 500  # samples that are predicted at once
+_CHUNK = {"cpu": 32}  # samples that are predicted at once, 500 elsewhere: on a CPU small tensors stay in the cache
 
 
 def network_name(module: LightningModule, name: str | None = None) -> str:
@@ -188,7 +189,9 @@ def evaluation_kernel(
     Raises:
         ValueError: The weights differ between processes.
     """
-    kernel = evaluation_ntk(network(module, name), memory, output).to(trainer.strategy.root_device)
+    net = network(module, name)
+    kernel = evaluation_ntk(net, memory, output).to(trainer.strategy.root_device)
+    share_findings(kernel.net, kernel.trainable, net)  # one trial for all steps of a run
     agree_on_kernel(kernel)
     return kernel
 
@@ -205,7 +208,8 @@ def error_and_loss_of(net: nn.Module, test: Samples, output: Output = None) -> t
         Fraction of errors and mean squared error; 1 and infinity where an output is not finite.
     """
     with torch.no_grad():
-        chunks = [test.take(slice(i, i + _CHUNK)) for i in range(0, len(test), _CHUNK)]
+        size = _CHUNK.get(test.y.device.type, 500)
+        chunks = [test.take(slice(i, i + size)) for i in range(0, len(test), size)]
         outputs = torch.cat([predict(net, chunk.x, output) for chunk in chunks])
     outputs = outputs.to(at_least_float32(outputs.dtype))
     error, loss = error_and_loss(outputs, test.y.reshape(len(test), -1).to(outputs.dtype))

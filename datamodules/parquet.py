@@ -6,7 +6,6 @@ import io
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ntk_lightning.datamodules.image_file import key_of_files
 from ntk_lightning.datamodules.samples import Samples
 from ntk_lightning.datamodules.two_classes import TwoClasses, binary_labels, check_present, class_groups
 
@@ -152,29 +150,15 @@ def read_parquet(
         ValueError: A file is damaged, a column is missing or of another type, a picture cannot be read, no row has one
             of the classes, or a class of a group has no row.
     """
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"No parquet file at {file}: check the path.")
-    pool = _decoded(tuple(files), key_of_files(files), image_column, class_groups(classes), mode, size)
-    return Samples(pool.x.clone(), pool.y.clone(), None if pool.classes is None else pool.classes.clone())
-
-
-@lru_cache(maxsize=2)  # the two pools that every cell of a study reads: decoding 60,000 pictures takes seconds
-def _decoded(
-    files: tuple[Path, ...],
-    contents: str,  # a file that was replaced is read again
-    image_column: str,
-    classes: tuple[tuple[int, ...], ...],
-    mode: str,
-    size: int,
-) -> Samples:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    wanted = [number for group in classes for number in group]
+    wanted = [number for group in class_groups(classes) for number in group]
     images: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"No parquet file at {file}: check the path.")
         check_schema(file, image_column)
         with reading(file):
             every = pq.read_table(file, columns=["label"])["label"].to_numpy()
@@ -185,8 +169,7 @@ def _decoded(
         labels.append(table["label"].to_numpy())
     pixels = torch.from_numpy(np.concatenate(images))
     if not len(pixels):
-        given = tuple(group[0] if len(group) == 1 else list(group) for group in classes)
-        raise ValueError(f"No image of the classes {given} in {[str(file) for file in files]}.")
+        raise ValueError(f"No image of the classes {classes} in {[str(file) for file in files]}.")
     numbers = np.concatenate(labels)
     check_present(numbers, classes, ", ".join(map(str, files)))
     pixels = pixels.unsqueeze(1) if mode == "L" else pixels.movedim(-1, 1)

@@ -26,6 +26,12 @@ class Batch(NamedTuple):
     indices: Tensor
     size: int
 
+    def to(self, device: torch.device | str) -> Batch:
+        """Move the tensors; Lightning asks for that at every step, and need not look for them one by one."""
+        if self.x.device == torch.device(device):  # where the data set lies
+            return self
+        return Batch(self.x.to(device), self.y.to(device), self.indices.to(device), self.size)
+
 
 @dataclass(frozen=True)
 class Samples:

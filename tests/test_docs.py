@@ -352,6 +352,7 @@ def test_page_names_everything_that_a_run_and_a_study_write(tmp_path: Path, monk
     Path("more.yaml").write_text(yaml.safe_dump(more))
     main(["fit", "--config=cli_configs/myrtle64.yaml", f"--config={TINY['fit']}", "--config=more.yaml"])
     overlay = tiny_study(ROOT / "cli_configs" / "studies" / "figure_1a.yaml", tmp_path)
+    main(["study", "--config=cli_configs/studies/figure_1a.yaml", f"--config={overlay}", "--output=study", "--plan"])
     main(["study", "--config=cli_configs/studies/figure_1a.yaml", f"--config={overlay}", "--output=study"])
     main(["figures", "study"])
     main(["report", "study"])
@@ -361,7 +362,7 @@ def test_page_names_everything_that_a_run_and_a_study_write(tmp_path: Path, monk
     assert len(metrics) > 20
     schema = pq.read_schema("study/figure_1a.parquet").names
     files = {
-        "KEY.parquet" if file.parent.name == "cells" else re.sub("^figure_1a", "NAME", file.name)
+        f"KEY{file.suffix}" if file.parent.name in ("cells", "networks") else re.sub("^figure_1a", "NAME", file.name)
         for folder in ("runs/csv", "study")
         for file in Path(folder).rglob("*")
         if file.is_file() and not {"grams", "checkpoints"} & set(file.parts)

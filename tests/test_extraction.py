@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
 from tiny import OPTIMIZER, data, fit, net
-from torch import Tensor
+from torch import Tensor, nn
 
 from ntk_lightning.callbacks import AfterKernel, EmpiricalNTKDynamics, KernelDiagnostics, StopAtTrainError
 from ntk_lightning.callbacks.extraction import shared_extraction
 from ntk_lightning.kernels import EmpiricalNTK
+from ntk_lightning.kernels.empirical import trial
 from ntk_lightning.kernels.empirical.evaluation import evaluation_ntk
 from ntk_lightning.modules import FiniteNetwork
+from ntk_lightning.networks import NTKLinear
 
 
 @pytest.fixture
@@ -151,6 +154,51 @@ def test_a_sample_that_overflows_spoils_only_the_kernels_that_need_it(tmp_path: 
         fit(module, datamodule, precision="32-true", callbacks=[dynamics, diagnostics], default_root_dir=tmp_path)
     assert [row["step"] for row in diagnostics.rows] == [0, 6, 12]
     assert not dynamics.rows
+
+
+class Squared(nn.Module):
+    """A network that has to be tried, since it is no chain of known layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.out = NTKLinear(192, 6), NTKLinear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.hidden(x.flatten(1)).square())
+
+
+def test_a_network_is_tried_once_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[str, ...]] = []
+    original = trial._try
+
+    def counted(plain: Any, samples: Any) -> Any:  # noqa: ANN401
+        tried.append(plain.function.trainable)
+        return original(plain, samples)
+
+    monkeypatch.setattr(trial, "_try", counted)
+    torch.manual_seed(0)
+    module = FiniteNetwork(Squared(), replace(OPTIMIZER, lr=1e-4))
+    dynamics = EmpiricalNTKDynamics(every_n_batches=2)
+    fit(module, data(), callbacks=[dynamics], default_root_dir=tmp_path)
+    assert len(dynamics.rows) > 3
+    assert len(tried) == 1
+    kernel = evaluation_ntk(module.net)
+    trial.share_findings(kernel.net, kernel.trainable, module.net)
+    x = torch.randn(4, 192, dtype=torch.float64)
+    gradients = []
+    for sample in x:
+        module.net.zero_grad()
+        module.net(sample[None]).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in module.net.parameters() if p.grad is not None]))
+    expected = torch.stack(gradients) @ torch.stack(gradients).T
+    torch.testing.assert_close(kernel(x), expected, rtol=1e-12, atol=1e-12)
+    module.net.hidden.requires_grad_(False)  # another kernel: it is tried again, and is that of the readout
+    frozen = evaluation_ntk(module.net)
+    trial.share_findings(frozen.net, frozen.trainable, module.net)
+    a = module.net.hidden(x).square().detach() * (2 / 6) ** 0.5
+    torch.testing.assert_close(frozen(x), a @ a.T, rtol=1e-12, atol=1e-12)
+    assert tried[-1] == ("out.weight",)
+    assert len(tried) > 2
 
 
 def test_the_evaluation_mode_of_a_kernel_is_that_of_no_other_module() -> None:

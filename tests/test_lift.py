@@ -1,4 +1,7 @@
-"""Modules with a forward of their own: what they are lifted to, and that their kernels are those of wide networks."""
+"""Modules with a forward of their own: what they are lifted to, and that their kernels are those of wide networks.
+
+Longer than 300 lines because every kind of operation has a test here.
+"""
 
 from __future__ import annotations
 
@@ -136,6 +139,7 @@ ACTIVATIONS: list[tuple[Callable[[Tensor], Tensor], nn.Module]] = [
     (torch.cos, Pointwise(torch.cos)),
     (torch.exp, Pointwise(torch.exp)),
     (torch.erf, Erf()),
+    (lambda x: nn.LeakyReLU(0.1)(x), nn.LeakyReLU(0.1)),
     (lambda x: F.gelu(x, approximate="tanh"), nn.GELU("tanh")),
     (lambda x: F.elu(x, 0.5), nn.ELU(0.5)),
     (lambda x: F.softplus(x, beta=2), nn.Softplus(2)),
@@ -186,6 +190,15 @@ def test_a_value_that_is_added_again_counts_with_its_covariance() -> None:
     equal(Lambda(forward, first, second, last), Lambda(expected, first, second, last), 5)
 
 
+def test_what_is_computed_twice_is_one_value() -> None:
+    def forward(x: Tensor, first: nn.Module, last: nn.Module) -> Tensor:
+        x = first(x)
+        return last(torch.relu(x) + torch.relu(x))
+
+    ends = NTKLinear(5, 4), NTKLinear(4, 1)
+    equal(Lambda(forward, *ends), nn.Sequential(ends[0], nn.ReLU(), ends[1]), 5, factor=4.0)
+
+
 def test_an_activation_of_a_concatenation_is_that_of_its_parts() -> None:
     def after(x: Tensor, a: nn.Module, b: nn.Module, last: nn.Module) -> Tensor:
         return last(F.gelu(torch.cat([a(x), b(x)], 1)))
@@ -225,6 +238,11 @@ def test_writing_in_place_into_what_is_not_used_again_is_followed() -> None:
 
     layers = NTKLinear(5, 4), NTKLinear(5, 4), NTKLinear(4, 1)
     equal(Lambda(forward, *layers), Lambda(expected, *layers), 5)
+
+
+def test_a_single_output_may_lose_its_dimension() -> None:
+    last = NTKLinear(5, 1)
+    assert parse(Lambda(lambda x, last: last(x).squeeze(-1), last)) == parse(last)
 
 
 def test_what_the_output_does_not_need_is_not_asked_of() -> None:

@@ -1,4 +1,7 @@
-"""Networks without a closed form, or malformed: one clear error each, that names the line; none gets a wrong kernel."""
+"""Networks without a closed form, or malformed: one clear error each, that names the line; none gets a wrong kernel.
+
+Longer than 300 lines because it is a list, one network after another.
+"""
 
 from __future__ import annotations
 
@@ -162,6 +165,19 @@ def difference_of_equals(net: Forward, x: Tensor) -> Tensor:
     return net.last(x - x)
 
 
+def product_with_infinity(net: Forward, x: Tensor) -> Tensor:
+    return net.last(net.first(x) * float("inf"))
+
+
+def module_made_on_the_way(net: Forward, x: Tensor) -> Tensor:
+    return net.last(nn.Linear(4, 4)(net.first(x)))
+
+
+def asserted(net: Forward, x: Tensor) -> Tensor:
+    assert x.shape[1] == 3
+    return net.last(F.relu(net.first(x)))
+
+
 def cube(net: Forward, x: Tensor) -> Tensor:
     return net.last(net.first(x) ** 3)
 
@@ -260,6 +276,7 @@ VALUE_ERRORS = {
     product_with_itself: "use an activation or Pointwise",
     product_with_a_sum_of_it: "factors of a product must be independent",
     difference_of_equals: "leaves nothing",
+    product_with_infinity: "a product with inf",
 }
 NAMED = {
     max_pool: "max_pool2d",
@@ -278,6 +295,8 @@ NAMED = {
     added_constant: "give the layer before a bias",
     mean_over_channels: "over all pixels",
     part: "a part of a value",
+    module_made_on_the_way: "make it in __init__",
+    asserted: "decisions that depend on its values or sizes",
     cube: "Pointwise",
     division_by_a_value: "numbers",
     concatenation_of_samples: "dim=1",

@@ -13,7 +13,8 @@ import torch
 
 from ntk_lightning.callbacks import AfterKernel
 from ntk_lightning.datamodules import SyntheticTeacher
-from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK
+from ntk_lightning.kernels import EmpiricalNTK, InfiniteNTK, KernelStore
+from ntk_lightning.kernels.grams.stored import stored_gram_and_cross
 from ntk_lightning.networks import MLP
 from ntk_lightning.studies import Arm, FigureConfig, Grid, StudyConfig, read_study, run_study
 from ntk_lightning.studies import executors as executors_module
@@ -134,6 +135,11 @@ def test_a_network_that_is_measured_seldom_ends_with_a_measurement(tmp_path: Pat
     cell = study(arm, epochs=[8]).cells()["network"][0]
     (row,) = run_cell(cell, tmp_path, "1GB")
     assert row["curve_steps"] == [4]  # it fits at once, and may stop after two epochs of two steps
+
+
+def test_a_run_must_end_with_a_measurement() -> None:
+    with pytest.raises(ValueError, match="evaluate_every = 2 must divide epochs = 3"):
+        study(Arm("network", evaluate_every=2)).cells()
 
 
 def test_critical_rates_are_those_of_the_grams(capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,3 +263,29 @@ def test_a_finished_study_computes_nothing(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(study_module, "tell_above_critical", lambda *_: pytest.fail("measured again"))
     monkeypatch.setattr("ntk_lightning.studies.cell.run_cell", lambda *_, **__: pytest.fail("run again"))
     assert read_study(run_study(config, tmp_path, cpus=1)).rows == first
+
+
+def linear(counted: list[int]) -> Any:  # noqa: ANN401 - a kernel with a name
+    def kernel(x1: torch.Tensor, x2: torch.Tensor | None = None, *, progress: bool = False) -> torch.Tensor:
+        counted.append(len(x1) * (len(x1) + 1) // 2 if x2 is None else len(x1) * len(x2))
+        return x1 @ (x1 if x2 is None else x2).T
+
+    kernel.fingerprint = "linear"  # type: ignore[attr-defined]
+    return kernel
+
+
+@pytest.mark.parametrize("m", [20, 130, 600])
+def test_stored_grams_have_hardly_a_pair_of_test_samples(m: int, tmp_path: Path) -> None:
+    x, test, counted = torch.randn(30, 3), torch.randn(m, 3), list[int]()
+    gram, cross = stored_gram_and_cross(linear(counted), tmp_path, progress=False)(x, test)
+    torch.testing.assert_close(gram, x @ x.T)
+    torch.testing.assert_close(cross, test @ x.T)
+    needed = 30 * 31 // 2 + 30 * m
+    assert needed <= sum(counted) <= 1.1 * needed
+
+
+def test_blocks_that_an_earlier_version_stored_are_read(tmp_path: Path) -> None:
+    x, test, counted = torch.randn(30, 3), torch.randn(600, 3), list[int]()
+    KernelStore(tmp_path, linear([]), torch.cat([test, x]), block=64).compute(progress=False)
+    stored_gram_and_cross(linear(counted), tmp_path, progress=False)(x, test)
+    assert counted == []

@@ -14,7 +14,7 @@ import torch
 from test_cifar5m import archives, folder_of, part
 from test_datamodules import png
 
-from ntk_lightning.datamodules import CIFAR5mBinary, CIFAR10Binary, TensorData, parquet
+from ntk_lightning.datamodules import CIFAR5mBinary, CIFAR10Binary, TensorData
 from ntk_lightning.datamodules.balanced import interleave
 from ntk_lightning.optim import OptimizerConfig
 from ntk_lightning.studies.build import build
@@ -166,20 +166,3 @@ def test_a_group_without_images_of_a_class_is_refused(folder: Path, tmp_path: Pa
         ValueError, match=r"train-0.parquet has no sample of the classes \[0, 1, 2, 3, 4, 6, 8, 9\]: give"
     ):
         CIFAR10Binary(str(tmp_path), (ANIMALS, VEHICLES)).load(train=True)
-
-
-def test_pictures_are_decoded_once_and_again_when_their_file_changes(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for file in folder.glob("*.parquet"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    data = CIFAR10Binary(str(tmp_path), (3, 5))
-    first = data.load(train=True)
-    first.x.zero_()  # what a user does to a pool is his own
-    with monkeypatch.context() as patch:
-        patch.setattr(parquet, "decode", lambda *_: pytest.fail("was decoded again"))
-        again = data.load(train=True)
-    assert [7 * number_of(image) % 10 for image in again.x[:2]] == again.classes[:2].tolist()  # type: ignore[index]  # there are classes
-    table = pq.read_table(tmp_path / "train-0.parquet")
-    pq.write_table(table.slice(60), tmp_path / "train-0.parquet")
-    assert len(data.load(train=True)) == len(again) / 2

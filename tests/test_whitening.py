@@ -15,7 +15,10 @@ from ntk_lightning.datamodules.whitening import zca_whitening
 from ntk_lightning.kernels import InfiniteNTK
 from ntk_lightning.networks import MLP
 from ntk_lightning.solvers import ridge
+from ntk_lightning.studies.build import set_up_data
+from ntk_lightning.studies.cell import run_cell
 from ntk_lightning.studies.config import Arm, Grid, StudyConfig
+from ntk_lightning.studies.shared_gram import cells_of_pools
 
 Pool = tuple[torch.Tensor, torch.Tensor]
 
@@ -151,6 +154,22 @@ def test_a_cells_key_knows_the_whitening() -> None:
         return cell.key
 
     assert len({key(), key(zca=0.1), key(zca=0.2), key(balanced=True)}) == 4
+
+
+def test_one_gram_of_the_pool_serves_balanced_averaged_and_whitened_subsets(tmp_path: Path) -> None:
+    arguments = {"shape": [1, 8, 8], "pool_size": 64, "n_test": 10, "n_statistics": 64}
+    options = {"balanced": True, "image_size": 4, "zca": 0.1}
+    data = {"class_path": "ntk_lightning.datamodules.SyntheticTeacher", "init_args": {**arguments, **options}}
+    net = {"class_path": "ntk_lightning.networks.MLP", "init_args": {"in_features": 16, "depth": 1}}
+    grid = Grid(n=[32], seed=[0, 1, 2, 3], width=[1], lr=[0.1], epochs=[3], batch_size=[8])
+    cells = StudyConfig("a", "a", data, net, [Arm("a", "infinite")], grid).cells()["a"]
+    loaded = set_up_data(cells)
+    assert loaded is not None
+    assert cells_of_pools(cells, loaded, tmp_path / "shared") == {cell.key for cell in cells}
+    for cell in cells[:2]:
+        (shared,) = run_cell(cell, tmp_path / "shared", "1GB", loaded=loaded, whole_pool=True)
+        (own,) = run_cell(cell, tmp_path / "own", "1GB")
+        assert shared["curve_losses"] == pytest.approx(own["curve_losses"], rel=1e-5)
 
 
 @pytest.mark.parametrize("zca", [0, -0.1, float("nan"), float("inf")])

@@ -98,6 +98,13 @@ def tables() -> dict[str, str]:
             ["model", "best of the rounds, seconds a step", "times the network"],
             [[name, f"{seconds:.4f}", f"{seconds / base:.2f}"] for name, seconds, base in _taylor(empirical)],
         ),
+        "seeds": _table(
+            ["network", "single runs over one stacked", "largest difference over how far weights moved"],
+            [
+                [name, f"{row['single_over_stacked']:.2f}", f"{row['difference_over_movement']:.0e}"]
+                for name, row in read("stacked_seeds")["networks"].items()
+            ],
+        ),
         "gpu": _gpu(),
         "imports": _imports(),
         "rest": _table(

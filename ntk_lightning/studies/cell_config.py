@@ -36,7 +36,7 @@ class Cell:
         net: Class path and arguments of the network.
 
     Raises:
-        ValueError: n or width is below 1.
+        ValueError: n or width is below 1, or epochs are no multiple of ``evaluate_every``.
     """
 
     model: Model
@@ -57,6 +57,11 @@ class Cell:
         for name, value in (("n", self.n), ("width", self.width)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} of the grid must be at least 1, got {value}.")
+        if self.evaluate_every < 1 or self.optimizer.epochs % self.evaluate_every:
+            raise ValueError(
+                f"evaluate_every = {self.evaluate_every} must divide epochs = {self.optimizer.epochs}, so that a run "
+                "ends with an evaluation."
+            )
 
     @property
     def config(self) -> str:

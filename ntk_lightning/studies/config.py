@@ -52,8 +52,8 @@ class Arm:
         after_fresh: The same on fresh samples, K_m^F.
         kernels_at: Fit the network's kernel K^t at these steps t, or at so many logarithmically spaced ones.
         until_train_error: Stop the network where its training error has fallen to this fraction.
-        evaluate_every: Measure a network in training, and decide whether it stops, every so many epochs: on few images
-            the test set is dearer than the training.
+        evaluate_every: Measure a network in training, and decide whether it stops, every so many epochs, a divisor of
+            their number: on few images the test set is dearer than the training.
         show: Which of the arm's models belong to the figure: "network", "after-kernel", "after-kernel, fresh", "kernel
             during training"; by default all.
 
@@ -93,8 +93,6 @@ class Arm:
             raise ValueError(
                 f"until_train_error of arm {self.label!r} must be in [0, 1], got {self.until_train_error}."
             )
-        if self.evaluate_every < 1:
-            raise ValueError(f"evaluate_every of arm {self.label!r} must be at least 1, got {self.evaluate_every}.")
         made = [self.model, *(kernel for kernel, key in _KERNELS.items() if given[key])]
         if (self.show is not None and not {*self.show} <= {*made}) or self.show == []:
             raise ValueError(f"show = {self.show} of arm {self.label!r} must name some of what it makes: {made}.")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from ntk_lightning.studies.shared_gram import infinite_kernel
 __all__ = ["Rates"]
 
 _ROWS_BYTES = 2**27  # of the gradients that are formed to measure with
-_FITTED = 256  # images that a network is trained to fit
+_FITTED = 128  # images that a network is trained to fit
 _FULL_BATCH = 128  # samples of a step that stands for one of the whole training set
 
 
@@ -83,10 +84,8 @@ class Rates:
         batch = _FULL_BATCH if optimizer.full_batch else optimizer.batch_size
         key = json.dumps([cell.model, dict(cell.net), batch], sort_keys=True)
         if key not in self._training:
-            n, m = (
-                min(4 * batch, max(cell.n, self.loaded.pool // 2)),
-                min(64, cell.data.get("init_args", {}).get("n_test", 64)),
-            )
+            tested = cell.data.get("init_args", {}).get("n_test", 1000)
+            n, m, many = min(4 * batch, max(cell.n, self.loaded.pool // 2)), min(64, tested), min(500, tested)
             small = replace(
                 _of_size(cell, n, m),
                 after=(),
@@ -94,13 +93,14 @@ class Rates:
                 kernels_at=None,
                 log_spaced=None,
                 until_train_error=None,
+                evaluate_every=1,
                 optimizer=replace(optimizer, batch_size=batch, full_batch=False),
             )
-            data, net = _built(small, self.loaded)
+            data, net = _built(_of_size(cell, 1, many), self.loaded)
             assert data.test_set is not None
             x = data.test_set.x
             with torch.no_grad():
-                forward = _best(lambda: net(x)) / m
+                forward = _best(lambda: net(x)) / many
 
             def run(epochs: int) -> float:
                 config = replace(small.optimizer, epochs=epochs)
@@ -120,20 +120,21 @@ class Rates:
         return self._training[key]
 
     def epochs_to_fit(self, cell: Cell) -> int:
-        """Train a network like the cell's on at most 256 of its images, until it fits them.
+        """Train a network like the cell's on at most 128 images, until it fits them.
 
         Args:
             cell: A cell that trains a network until it fits its training set.
 
         Returns:
-            The epochs, which larger sets are taken to need too.
+            The epochs, which other sizes are taken to need too.
         """
-        n = min(cell.n, _FITTED)
+        n = min(_FITTED, self.loaded.pool)
         key = json.dumps(
             [dict(cell.net), repr(replace(cell.optimizer, seed=0)), cell.until_train_error, n], sort_keys=True
         )
         if key not in self._to_fit:
-            small = replace(_of_size(cell, n, 1), after=(), after_fresh=(), kernels_at=None, log_spaced=None)
+            kernels: dict[str, Any] = {"after": (), "after_fresh": (), "kernels_at": None, "log_spaced": None}
+            small = replace(_of_size(cell, n, 1), **kernels)
             data, net = _built(small, self.loaded)
             trained, _ = train(small, FiniteNetwork(net, small.optimizer), data, self.memory)
             self._to_fit[key] = round(trained.steps / small.optimizer.steps_per_epoch(n))

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntk_lightning.kernels import InfiniteNTK, KernelStore
+from ntk_lightning.kernels import InfiniteNTK
 from ntk_lightning.kernels.grams.gram_and_cross import GramAndCross
-from ntk_lightning.kernels.grams.stored import block_side, pooled_gram_and_cross, stored_gram_and_cross
+from ntk_lightning.kernels.grams.stored import pooled_gram_and_cross, pooled_store, stored_gram_and_cross
 from ntk_lightning.kernels.infinite.infinite_ntk import Kind
 from ntk_lightning.optim import OptimizerConfig
 from ntk_lightning.studies.build import LoadedData, apart_from_subset, build
@@ -105,7 +105,7 @@ def missing_pairs(cell: Cell, loaded: LoadedData, folder: Path) -> int:
         The number.
     """
     samples = _pool_samples(_pool_cell(cell, loaded.pool), loaded)
-    store = KernelStore(folder, infinite_kernel(cell), samples, block=block_side(len(samples)))
+    store = pooled_store(infinite_kernel(cell), folder, samples)
     first = len(samples) - loaded.pool  # no fit asks for the kernel of test samples with one another
     needed = [(i, j) for i, j in store.block_ids if (j + 1) * store.block > first]
     return sum(store._pairs(block_id) for block_id in needed if not store._stored(*store._ordered(block_id)))

@@ -33,7 +33,7 @@ from ntk_lightning.kernels.empirical.sample_independence import (
 from ntk_lightning.kernels.empirical.slow_path import OneByOneRows, PlainNetwork
 from ntk_lightning.kernels.empirical.standard_layers import is_standard
 
-__all__ = ["choose_products", "choose_rows"]
+__all__ = ["choose_products", "choose_rows", "share_findings"]
 
 _Way = Literal["at once", "by branch", "one by one", "forward", "reverse"]
 
@@ -55,6 +55,19 @@ class _Found:
 
 
 _known: WeakKeyDictionary[nn.Module, dict[Hashable, _Found]] = WeakKeyDictionary()
+_of_runs: WeakKeyDictionary[nn.Module, dict[Hashable, dict[Hashable, _Found]]] = WeakKeyDictionary()
+
+
+def share_findings(copy: nn.Module, trainable: tuple[str, ...], network: nn.Module) -> None:
+    """Let all copies of one network that is trained share what the first of them is found to be.
+
+    Args:
+        copy: A copy of the network at some step.
+        trainable: Names of the copy's parameters that are differentiated.
+        network: The network in training; its weights change, and what it is made of seldom does.
+    """
+    made_of = trainable, tuple((name, type(module)) for name, module in copy.named_modules())
+    _known[copy] = _of_runs.setdefault(network, {}).setdefault(made_of, {})
 
 
 def choose_rows(function: NetworkFunction, inputs: list[Inputs], per_layer: bool = False, dense: bool = False) -> Rows:

@@ -83,6 +83,10 @@ class KernelStore:
         sides = range(len(self._names))
         return [(i, j) for i in sides for j in sides[i:]]
 
+    def has_blocks(self) -> bool:
+        """Tell whether any block of the first samples is stored; reads no block."""
+        return self.folder.is_dir() and any(self._names[0] in path.name for path in self.folder.iterdir())
+
     def missing(self) -> list[BlockId]:
         """List the blocks that are absent or damaged; reads every stored byte.
 

@@ -17,7 +17,7 @@ from ntk_lightning.kernels.grams.gram_and_cross import GramAndCross, Kernel, gra
 from ntk_lightning.kernels.grams.kernel_key import digest
 from ntk_lightning.kernels.grams.store import KernelStore
 
-__all__ = ["block_side", "pooled_gram_and_cross", "stored_gram_and_cross"]
+__all__ = ["block_side", "pooled_gram_and_cross", "pooled_store", "stored_gram_and_cross"]
 
 
 def block_side(m: int) -> int:
@@ -27,13 +27,34 @@ def block_side(m: int) -> int:
         m: Samples that stay the same while the training set grows, from which the side must be chosen alone.
 
     Returns:
-        The number.
+        The number, of which m is a multiple, or a little more: the test samples of a block that holds training samples
+        too are paired with all others, which nothing asks for.
 
     Example:
-        >>> [block_side(m) for m in (256, 2000, 12000)]
-        [64, 256, 1024]
+        >>> [block_side(m) for m in (256, 1000, 2000, 10048)]
+        [64, 250, 250, 1004]
     """
-    return 64 if m < 512 else 256 if m < 4096 else 1024
+    parts = -(-m // (64 if m < 512 else 256 if m < 4096 else 1024))
+    return m // parts if parts else 64
+
+
+def _earlier_block_side(m: int) -> int:
+    """The same of version 0.1."""
+    return 64 if m < 4096 else 256
+
+
+def pooled_store(kernel: Kernel, folder: Path, samples: Tensor) -> KernelStore:
+    """Open the store of a kernel's Gram of all samples.
+
+    Args:
+        kernel: A kernel that has a name.
+        folder: Of the stores.
+        samples: All samples (N, ...).
+
+    Returns:
+        The store.
+    """
+    return KernelStore(folder, kernel, samples, block=1024 if len(samples) > 4096 else 128)
 
 
 def pooled_gram_and_cross(kernel: Kernel, folder: Path, samples: Tensor, *, progress: bool = True) -> GramAndCross:
@@ -50,7 +71,7 @@ def pooled_gram_and_cross(kernel: Kernel, folder: Path, samples: Tensor, *, prog
     Returns:
         The function, of one process. It raises a KeyError for a sample that is none of these.
     """
-    store = KernelStore(folder, kernel, samples, block=block_side(len(samples)))
+    store = pooled_store(kernel, folder, samples)
     places = {digest(sample): place for place, sample in enumerate(samples.cpu())}
 
     def pooled(x_train: Tensor, /, *x_others: Tensor) -> tuple[Tensor, ...]:
@@ -76,14 +97,16 @@ def stored_gram_and_cross(kernel: Kernel, folder: Path | None, *, progress: bool
 
     def stored(x_train: Tensor, /, *x_others: Tensor) -> tuple[Tensor, ...]:
         m = sum(map(len, x_others))
-        block = block_side(m)
-        store = KernelStore(folder, kernel, torch.cat([*x_others, x_train]), block=block)  # the sets that stay first
+        x = torch.cat([*x_others, x_train])  # the sets that stay first
+        store = KernelStore(folder, kernel, x, block=_earlier_block_side(m))
+        if not store.has_blocks():
+            store = KernelStore(folder, kernel, x, block=block_side(m))
         train = slice(m, None)
         rank, processes = rank_and_world_size()
         if processes > 1:
             # no fit asks for the kernel of the others with one another: blocks (i, j), i <= j, whose columns all lie
             # before the first training sample are left out
-            needed = [(i, j) for i, j in store.block_ids if (j + 1) * block > m]
+            needed = [(i, j) for i, j in store.block_ids if (j + 1) * store.block > m]
             gather_or_raise(partial(store.compute, needed, rank=rank, world_size=processes, progress=progress))
         gram = store.gram(train, progress=progress)
         if not m:

@@ -93,11 +93,15 @@ class Pair(NamedTuple):
         r = k12 * _inverse(root1) * _inverse(root2)  # never a product of variances, which over- or underflows
         scale = root1 * root2
         size = r.abs()
-        aligned = size >= 1 - ROUNDING * torch.finfo(r.dtype).eps
-        if (near is None or not near.sine2.numel()) and not aligned.any():
-            return cls(k12, k11, k22, scale, r, (1 - size) * (1 + size), plain=True)
+        versine = 1 - size
+        sine2 = torch.addcmul(versine, versine, size)  # (1 - |r|) (1 + |r|)
+        bound = ROUNDING * torch.finfo(r.dtype).eps
+        known = near is not None and near.sine2.numel() > 0
+        if not known and versine.numel() and float(versine.detach().min()) > bound:
+            return cls(k12, k11, k22, scale, r, sine2, plain=True)
+        aligned = versine <= bound
         k12 = torch.where(aligned, r.detach().sign() * scale, k12)
-        sine2 = ((1 - size) * (1 + size)).masked_fill(aligned, 0)
+        sine2 = sine2.masked_fill(aligned, 0)
         return cls(k12, k11, k22, scale, r, sine2 if near is None else sine2.masked_scatter(near.mask, near.sine2))
 
     def versine(self) -> Tensor:
@@ -134,7 +138,7 @@ class Row:
 def _relu(pair: Pair, activation: Activation) -> tuple[Tensor, Tensor]:
     """phi(u) = max(u, 0) + s min(u, 0). Cho and Saul (2009), of the angle a = pi - arccos(r), for every slope s."""
     k12, _, _, scale, r, sine2, plain = pair
-    sine, opposite = _sqrt(sine2), -r
+    sine, opposite = sine2.sqrt() if plain else _sqrt(sine2), -r
     angle = opposite.acos() if plain else torch.atan2(sine, opposite)
     s, gain = activation.negative_slope, (1 - activation.negative_slope) ** 2 / (2 * math.pi)
     nngp = torch.addcmul(scale * sine2 * sine, k12, less_its_sine(angle, sine, opposite)) * gain
@@ -233,8 +237,8 @@ def _sqrt(k: Tensor) -> Tensor:
 
 def _inverse(root: Tensor) -> Tensor:
     """1 / root, 0 of 0; NaN of infinity, since an overflow must not look like a correlation of 0."""
-    inverse = torch.where(root > 0, 1 / torch.where(root > 0, root, 1), 0)
-    return torch.where(root.isinf(), torch.nan, inverse)
+    positive = torch.where(root > 0, root, 1) if root.requires_grad else root  # whose gradient is not infinite at 0
+    return torch.where(root > 0, 1 / positive, 0) + (root - root)
 
 
 def _read_relu(module: nn.Module) -> Activation:
@@ -355,9 +359,10 @@ def less_its_sine(angle: Tensor, sine: Tensor, cosine: Tensor) -> Tensor:
         >>> less_its_sine(angle, angle.sin(), angle.cos())
         tensor([6.6667e-16, 3.1397e+00], dtype=torch.float64)
     """
-    difference, small = angle - sine * cosine, angle < 0.3
-    if not small.any():
+    difference = torch.addcmul(angle, sine, cosine, value=-1)
+    if angle.numel() and float(angle.detach().min()) >= 0.3:
         return difference
+    small = angle < 0.3
     x = angle[small]
     series, y = torch.ones_like(x), 4 * x**2
     for n in (18, 16, 14, 12, 10, 8, 6, 4):

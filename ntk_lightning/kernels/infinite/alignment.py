@@ -92,8 +92,8 @@ def after_activation(activation: Activation, near: Near, k12: Tensor, k11: Tenso
         The same pairs after it, or None where the covariances tell their 1 - r^2 as well.
     """
     shortfall = ACTIVATIONS[activation.name].shortfall
-    if shortfall is None:
-        return None
+    if shortfall is None or not len(near.sine2):
+        return None if shortfall is None else near
     k12, k11, k22 = (k.expand_as(near.mask)[near.mask] for k in (k12, k11, k22))
     pair = Pair.of(k12, k11, k22)._replace(sine2=near.sine2, plain=False)
     # With E[phi(u) phi(v)] = (1 - g12) h sqrt(k11 k22), and so on, r' = (1 - g12) / sqrt((1 - g11) (1 - g22))

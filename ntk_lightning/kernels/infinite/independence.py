@@ -12,10 +12,13 @@ roots,
 and the same for the NTK of sums; of products it follows by the product rule. Equal terms add up, x + x = 2 x; other
 sums and products of dependent values are refused. An activation needs a Gaussian field whose channels all have one
 distribution; of a concatenation of such fields it is the concatenation of their activations.
+
+Longer than 300 lines because the rules of all operations stand here together, with their reasons.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -82,6 +85,7 @@ class Builder:
         self.input = Value(0, ((0, 1.0),), frozenset({0}), alike=False)
         self.where = ""
         self._nodes: list[Node] = []
+        self._made: dict[Node, Value] = {}  # what has been computed, and need not be again
         self._values = [self.input]
 
     def apply(self, operation: Operation, value: Value) -> Value:
@@ -128,8 +132,8 @@ class Builder:
             case Dropout():
                 return self._append(operation, value, parts=(), gaussian=False, readout=False)
             case Scale(factor):
-                if factor == 0:
-                    raise self._refusal("a product with 0 leaves nothing")
+                if factor == 0 or not math.isfinite(factor):
+                    raise self._refusal(f"a product with {factor:g} has no kernel")
                 terms = tuple((term, factor * coefficient) for term, coefficient in value.terms)
                 return self._append(operation, value, parts=self._each(operation, value), terms=terms)
             case GlobalAvgPool() | GlobalSumPool():
@@ -231,6 +235,8 @@ class Builder:
             The concatenation.
         """
         parts = [part for value in values for part in value.parts or (value,)]
+        if len(parts) == 1:
+            return parts[0]
         widths = tuple(part.width for part in parts)
         known = None if None in widths else sum(width or 0 for width in widths)
         return self._append(
@@ -276,7 +282,10 @@ class Builder:
 
     def _append(self, operation: Operation, *values: Value, **known: object) -> Value:
         """A new value, for which holds what holds for its inputs, but for what is known of it."""
-        self._nodes.append(Node(operation, tuple(value.index for value in values)))
+        node = Node(operation, tuple(value.index for value in values))
+        if node in self._made:
+            return self._made[node]
+        self._nodes.append(node)
         changes: dict[str, object] = {"index": len(self._nodes), "terms": ((len(self._nodes), 1.0),)}
         if len(values) > 1:
             changes |= {
@@ -290,6 +299,8 @@ class Builder:
             }
         value = replace(values[0], **changes | known)  # type: ignore[arg-type]  # of the fields' types each
         self._values.append(value)
+        if not isinstance(operation, Linear | Conv | Attention | Dropout):  # which have weights or masks of their own
+            self._made[node] = value
         return value
 
     def _check_activation(self, activation: Activation, value: Value) -> None:

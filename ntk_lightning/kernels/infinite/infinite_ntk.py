@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Callable
+from functools import lru_cache
 from types import ModuleType
 from typing import Literal
 
@@ -25,7 +26,8 @@ __all__ = ["InfiniteNTK"]
 Kind = Literal["ntk", "nngp"]
 Backend = Literal["auto", "reference", "cpu", "cuda"]
 
-_REFERENCE_BLOCK_BYTES = 2**19  # of covariances, so that they stay in the cache
+_BLOCK_BYTES = {"cpu": 2**19, "cuda": 2**27}  # of the reference's covariances: in the cache; for all processors
+_VARIANCES_BYTES = 2**30
 
 _log = logging.getLogger(__name__)
 
@@ -206,25 +208,29 @@ class InfiniteNTK:
         return (x.flatten(1) if isinstance(self.layers[0], Flatten) else x).to(at_least_float32(x.dtype))
 
     def _reference_diagonal(self, x: Tensor) -> Tensor:
-        network, device = reference.Network.of(self.layers, x), "cpu" if x.device.type == "mps" else x.device
-        side = max(1, _REFERENCE_BLOCK_BYTES // (network.entries() * torch.float64.itemsize))
+        network, device = reference.Network.of(self.layers, x), _reference_device(x)
+        side = max(1, _block_entries(device) // network.entries())
         blocks = (block.to(device, torch.float64) for block in x.split(side))
         return torch.cat([reference.diagonal(network, block)[self.kind == "ntk"] for block in blocks]).to(x)
 
     def _reference_gram(self, x1: Tensor, x2: Tensor | None, advance: Callable[[float], None]) -> Tensor:
         symmetric, x2 = x2 is None, x1 if x2 is None else x2
-        device, out = "cpu" if x1.device.type == "mps" else x1.device, x1.new_empty(len(x1), len(x2))  # MPS: no float64
+        device, out = _reference_device(x1), x1.new_empty(len(x1), len(x2))
         network = reference.Network.of(self.layers, x1)
-        side = max(1, int((_REFERENCE_BLOCK_BYTES / (network.entries() * torch.float64.itemsize)) ** 0.5))
+        side = max(1, int((_block_entries(device) / network.entries()) ** 0.5))
         rows = [block.to(device, torch.float64) for block in x1.split(side)]
         columns = rows if symmetric else [block.to(device, torch.float64) for block in x2.split(side)]
         same = symmetric or (x1.shape == x2.shape and torch.equal(x1, x2))
-        own1 = [reference.variances(network, block) for block in rows]
-        own2 = own1 if symmetric else [reference.variances(network, block) for block in columns]
+        most = sum(v.nbytes for v in reference.variances(network, rows[0]).values()) or 1
+
+        @lru_cache(max(2, _VARIANCES_BYTES // most))  # of all blocks, but of attention on many inputs
+        def own(blocks: int, number: int) -> reference.Variances:
+            return reference.variances(network, (rows, columns)[blocks][number])
+
         for i, left in enumerate(rows):
             for j, right in enumerate(columns[i:] if symmetric else columns, i if symmetric else 0):
-                ntk = self.kind == "ntk"
-                block = reference.pairs(network, left, right, own1[i], own2[j], ntk=ntk, same=same and i == j)[ntk]
+                own1, own2, ntk = own(0, i), own(0 if symmetric else 1, j), self.kind == "ntk"
+                block = reference.pairs(network, left, right, own1, own2, ntk=ntk, same=same and i == j)[ntk]
                 places = slice(i * side, i * side + len(left)), slice(j * side, j * side + len(right))
                 if symmetric and i == j:
                     block = block.triu() + block.triu(1).T  # its two halves differ by rounding
@@ -233,6 +239,15 @@ class InfiniteNTK:
                 out[places] = block
                 advance(block.numel() * (1 + (symmetric and i != j)))
         return out
+
+
+def _reference_device(x: Tensor) -> torch.device:
+    """Where the reference computes: in float64, which MPS does not have."""
+    return torch.device("cpu") if x.device.type == "mps" else x.device
+
+
+def _block_entries(device: torch.device) -> int:
+    return _BLOCK_BYTES.get(device.type, _BLOCK_BYTES["cuda"]) // torch.float64.itemsize
 
 
 def _overflow_advice(kernel: Tensor) -> str:

@@ -1,44 +1,30 @@
-"""From a module to the layers of its infinite-width kernel, by tracing its forward with torch.fx.
+"""From a module to the layers of its infinite-width kernel.
 
-The forward runs once on a symbol instead of data. Supported modules are recorded as they are, all others are entered,
-and so is what they call in turn; what is recorded is translated, operation by operation, into a graph
-(:mod:`~ntk_lightning.kernels.infinite.independence`). An error names the line of the forward that it is about.
+Its forward is recorded (:mod:`~ntk_lightning.kernels.infinite.tracing`), and what is recorded is translated, operation
+by operation, into a graph (:mod:`~ntk_lightning.kernels.infinite.independence`). An error names the line of the forward
+that it is about.
 """
 
 from __future__ import annotations
 
 import inspect
-import linecache
 import operator
-import random
-import sys
-import traceback
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import CodeType, FrameType
 from typing import Any
 
-import torch
 from torch import fx, nn
-from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
 
-from ntk_lightning.kernels.infinite.architecture import Layer
+from ntk_lightning.kernels.infinite.architecture import Graph, Layer
 from ntk_lightning.kernels.infinite.graphs import to_layers
 from ntk_lightning.kernels.infinite.independence import Builder, Value
 from ntk_lightning.kernels.infinite.read_functions import FUNCTIONS, METHODS, NotSupported, apply_module
-from ntk_lightning.kernels.infinite.read_modules import known_class, supported
+from ntk_lightning.kernels.infinite.read_modules import supported
+from ntk_lightning.kernels.infinite.tracing import Recorded, Refused, at, no_kernel, record
 
 __all__ = ["parse"]
 
-_FOREIGN = tuple(f"{Path(module.__file__ or '').parent}/" for module in (torch, sys.modules["ntk_lightning"]))
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 _VIEWS = {"view", "reshape", "flatten", "squeeze", "contiguous", "dropout"}  # what may return the memory of its input
 _VIEW_MODULES = nn.Identity, nn.Flatten, nn.Dropout
-
-
-class _Refused(Exception):
-    """A network cannot be lifted; the message is complete."""
 
 
 def parse(net: nn.Module) -> tuple[Layer, ...]:
@@ -64,151 +50,38 @@ def parse(net: nn.Module) -> tuple[Layer, ...]:
 bias_std=0.0))
     """
     if not isinstance(net, nn.Module):
-        raise TypeError(f"The infinite-width kernel is that of an nn.Module, got {net!r}.")
-    tracer = _Tracer()
+        raise TypeError(f"The infinite-width kernel is that of an nn.Module, got {net!r}. Supported: {supported()}.")
     try:
-        return to_layers(_translate(_trace(net, tracer), tracer))
-    except _Refused as refused:
+        return to_layers(_translate(record(net)))
+    except Refused as refused:
         raise TypeError(str(refused)) from None
 
 
-def _trace(net: nn.Module, tracer: _Tracer) -> fx.Graph:
-    """Record the forward."""
-    states = torch.get_rng_state(), random.getstate()
-    try:
-        with torch.enable_grad():
-            graph = tracer.trace(_Root(net))
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
-        frames = reversed(list(traceback.walk_tb(error.__traceback__)))  # from the innermost on, as in _until_root
-        place = _place(_last(frames))
-        raise _Refused(
-            f"{place or 'The forward of the network'} cannot be followed without data ({str(error).splitlines()[0]}): "
-            "forward must map one tensor to one, without decisions that depend on its values or sizes. "
-            f"Supported: {supported()}."
-        ) from error
-    if not torch.equal(states[0], torch.get_rng_state()) or states[1] != random.getstate():
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        raise _Refused(
-            "The forward of the network draws random numbers outside of nn.Dropout: its infinite-width kernel is "
-            "unknown. Take them out, or call .eval() if they are for training."
-        )
-    return graph
-
-
-class _Root(nn.Module):
-    """Holds the network, so that every module of it has a path that starts with "net"."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: torch.Tensor) -> Any:  # noqa: ANN401 - what the network returns
-        return self.net(x)
-
-
-class _Symbol(fx.Proxy):
-    """A value in a traced forward; torch.fx takes x += y for x = x + y, which is something else."""
-
-    def __iadd__(self, other: Any) -> fx.Proxy:  # noqa: ANN401
-        return self._in_place(operator.iadd, other)
-
-    def __isub__(self, other: Any) -> fx.Proxy:  # noqa: ANN401
-        return self._in_place(operator.isub, other)
-
-    def __imul__(self, other: Any) -> fx.Proxy:  # noqa: ANN401
-        return self._in_place(operator.imul, other)
-
-    def __itruediv__(self, other: Any) -> fx.Proxy:  # noqa: ANN401
-        return self._in_place(operator.itruediv, other)
-
-    def __setitem__(self, index: Any, value: Any) -> None:  # noqa: ANN401
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-    def _in_place(self, function: Callable[..., Any], other: Any) -> fx.Proxy:  # noqa: ANN401
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-
-class _Tracer(fx.Tracer):
-    """Records a forward, and the line of every operation; ``modules`` are the supported ones by their path."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.modules: dict[str, nn.Module] = {}
-        self.lines: dict[fx.Node, str] = {}
-        self._owners: dict[int, str] = {}  # paths of the parameters found so far, by id
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Symbol(node, self)
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:  # noqa: ANN401
-        node = super().create_node(*args, **kwargs)
-        place = self.lines[node] = _place(_last(_until_root(sys._getframe(1))))
-        if not torch.is_grad_enabled():
-            raise _Refused(f"{place or node.target} runs without gradients, so it has no NTK: take it out of no_grad.")
-        return node
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:  # noqa: ANN401
-        path = self.path_of_module(m)
-        place = _place(_last(_until_root(sys._getframe(1))))
-        dynamo = sys.modules.get("torch._dynamo.eval_frame")  # not loaded before something is compiled
-        compiled = dynamo is not None and isinstance(m, dynamo.OptimizedModule)
-        known = known_class(m)
-        _check_module(m, path, "compiled module" if compiled else (known or type(m)).__name__)
-        if compiled:
-            return self.call_module(m._orig_mod, m._orig_mod.forward, args, kwargs)  # type: ignore[union-attr, arg-type]
-        if known is None and not super().is_leaf_module(m, path):
-            return m.forward(*args, **kwargs)
-        if known is None or isinstance(m.forward, nn.Module):
-            raise _Refused(_no_kernel(f"{path} is {m}", place))
-        if getattr(m.forward, "__func__", None) is not known.forward:
-            raise _Refused(
-                f"{path} is a {type(m).__name__} with a forward of its own, not that of {known.__name__}: its "
-                f"infinite-width kernel is unknown. Build it of supported layers: {supported()}."
-            )
-        for parameter in m.parameters(recurse=False):
-            owner = self._owners.get(id(parameter))
-            if owner is not None:
-                what = f"{path} is used twice" if owner == path else f"{path} and {owner} share a parameter"
-                raise _Refused(
-                    f"{what}{_at(place)}: the infinite-width limit with tied weights is not supported. Give each layer "
-                    "its own."
-                )
-            self._owners[id(parameter)] = path
-        self.modules[path] = m
-        return self.create_proxy("call_module", path, args, kwargs)
-
-    def path_of_module(self, mod: nn.Module) -> str:
-        return super().path_of_module(mod).replace("._orig_mod", "")
-
-
-def _translate(graph: fx.Graph, tracer: _Tracer) -> Any:  # noqa: ANN401
+def _translate(recorded: Recorded) -> Graph:
     """Build the graph of everything that the output needs."""
-    builder = Builder()
+    builder, graph = Builder(), recorded.graph
     output = next(node for node in graph.nodes if node.op == "output")
     needed = {output}
     for node in reversed(graph.nodes):
         if node in needed:
             needed |= set(node.all_input_nodes)
-    _check_in_place(graph, tracer)
+    _check_in_place(recorded)
     values: dict[fx.Node, Any] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
             values[node] = builder.input
         elif node in needed and node is not output:
-            values[node] = _value(node, values, builder, tracer)
+            values[node] = _value(node, values, builder, recorded)
     result = fx.node.map_arg(output.args[0], values.__getitem__)
     if not isinstance(result, Value):
-        raise _Refused(f"The network must return one tensor, not {type(result).__name__}: take its kernel without.")
+        raise Refused(f"The network must return one tensor, not {type(result).__name__}: take its kernel without.")
     builder.where = ""
     return builder.graph(result)
 
 
-def _value(node: fx.Node, values: dict[fx.Node, Any], builder: Builder, tracer: _Tracer) -> Any:  # noqa: ANN401
+def _value(node: fx.Node, values: dict[fx.Node, Any], builder: Builder, recorded: Recorded) -> Any:  # noqa: ANN401
     """What one recorded operation gives."""
-    place = tracer.lines[node]
+    place = recorded.lines[node]
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
     builder.where = place
     reason = ""
@@ -216,8 +89,8 @@ def _value(node: fx.Node, values: dict[fx.Node, Any], builder: Builder, tracer: 
         match node.op, node.target:
             case "call_module", str(path):
                 if len(args) == 1 and not kwargs and isinstance(args[0], Value):
-                    builder.where = f"{path}{_at(place)}"
-                    return apply_module(builder, tracer.modules[path], args[0], path)
+                    builder.where = f"{path}{at(place)}"
+                    return apply_module(builder, recorded.modules[path], args[0], path)
             case "call_function", function if function in FUNCTIONS:
                 return FUNCTIONS[function](builder, *args, **kwargs)
             case "call_method", str(name) if name in METHODS:
@@ -230,24 +103,24 @@ def _value(node: fx.Node, values: dict[fx.Node, Any], builder: Builder, tracer: 
         reason = str(error)  # of arguments that the entry does not take
     what = {"call_method": f"Tensor.{node.target}", "get_attr": f"{node.target}, a tensor outside of a layer,"}
     if node.op == "call_module":
-        subject = f"{node.target} is {tracer.modules[str(node.target)]}"
+        subject = f"{node.target} is {recorded.modules[str(node.target)]}"
     else:
         subject = what.get(node.op, getattr(node.target, "__name__", str(node.target)))
-    raise _Refused(_no_kernel(subject, place, reason))
+    raise Refused(no_kernel(subject, place, reason))
 
 
-def _check_in_place(graph: fx.Graph, tracer: _Tracer) -> None:
+def _check_in_place(recorded: Recorded) -> None:
     """Refuse to write into what is used again: the later use would see what was written."""
     memory: dict[fx.Node, fx.Node] = {}  # of each value, the first that lies where it does
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        module = tracer.modules.get(str(node.target)) if node.op == "call_module" else None
+    order = {node: i for i, node in enumerate(recorded.graph.nodes)}
+    for node in recorded.graph.nodes:
+        module = recorded.modules.get(str(node.target)) if node.op == "call_module" else None
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        place = tracer.lines[node]
+        place = recorded.lines[node]
         if node.op != "call_module" and ((name.endswith("_") and name[:1] != "_") or "out" in node.kwargs):
-            raise _Refused(_no_kernel(f"{name}, which writes in place,", place))
+            raise Refused(no_kernel(f"{name}, which writes in place,", place))
         if node.target is operator.setitem:
-            raise _Refused(_no_kernel("An assignment to a part of a value, which writes in place,", place))
+            raise Refused(no_kernel("An assignment to a part of a value, which writes in place,", place))
         first = next(iter(node.args), None)
         first = first if isinstance(first, fx.Node) else None
         writes = node.target in _IN_PLACE or bool(getattr(module, "inplace", False)) or _asked_in_place(node)
@@ -255,9 +128,11 @@ def _check_in_place(graph: fx.Graph, tracer: _Tracer) -> None:
             memory[node] = memory.get(first, first)
         if first is None or not writes:
             continue
-        names = [other for other in graph.nodes if memory.get(other, other) is memory[node] and other is not node]
+        names = [
+            other for other in recorded.graph.nodes if memory.get(other, other) is memory[node] and other is not node
+        ]
         if any(order[user] > order[node] for other in names if order[other] < order[node] for user in other.users):
-            raise _Refused(
+            raise Refused(
                 f"{place or node.target} writes in place into a value that is used again: leave inplace out, and write "
                 "x = x + y."
             )
@@ -270,46 +145,3 @@ def _asked_in_place(node: fx.Node) -> bool:
     except (TypeError, ValueError):  # no function, or written in C
         return False
     return bool(arguments.get("inplace", False))
-
-
-def _check_module(module: nn.Module, path: str, kind: str) -> None:
-    if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
-        raise _Refused(f"{path} has no sizes yet: run the network on data once.")
-    if module._forward_hooks or module._forward_pre_hooks or is_parametrized(module):
-        raise _Refused(
-            f"{path} has forward hooks or parametrizations, which can change what a {kind} computes: remove "
-            "them, or make the kernel of a network without."
-        )
-
-
-def _no_kernel(subject: str, place: str, reason: str = "") -> str:
-    return (
-        f"{subject}{_at(place)}{',' if ' is ' in subject else ''} has no infinite-width kernel here"
-        f"{': ' if reason else ''}{reason}. Supported: {supported()}."
-    ).replace(", has no", ", which has no")
-
-
-def _at(place: str) -> str:
-    return f" ({place})" if place else ""
-
-
-def _until_root(frame: FrameType | None) -> Iterator[tuple[FrameType, int]]:
-    """Frames from the innermost to that of the holder of the network, with their lines."""
-    while frame is not None and frame.f_code is not _Root.forward.__code__:
-        yield frame, frame.f_lineno
-        frame = frame.f_back
-
-
-def _last(frames: Iterator[tuple[FrameType, int]]) -> tuple[CodeType, int] | None:
-    """Of frames from the innermost on, the first that is the user's own."""
-    own = ((frame.f_code, line) for frame, line in frames if not frame.f_code.co_filename.startswith(_FOREIGN))
-    return next(own, None)
-
-
-def _place(found: tuple[CodeType, int] | None) -> str:
-    """A line of code in words."""
-    if found is None:
-        return ""
-    code, line = found
-    text = linecache.getline(code.co_filename, line).strip()
-    return f"{code.co_filename}:{line}{f', `{text}`' if text else ''}"

@@ -129,6 +129,8 @@ def _view(builder: Builder, value: Value, *shape: Any) -> Value:  # noqa: ANN401
 
 def _squeeze(builder: Builder, value: Value, *dims: Any) -> Value:  # noqa: ANN401
     given = set(dims[0] if len(dims) == 1 and isinstance(dims[0], list | tuple) else dims)
+    if value.readout and value.axes == 0 and value.width == 1 and given in ({-1}, {1}):
+        return value  # (n, 1) to (n,)
     all_axes = {1: ({-1}, {2}), 2: ({-1, -2}, {2, 3})}.get(value.axes or 0, ())
     if not value.pooled or given not in all_axes:
         raise NotSupported("it may only take away all spatial axes, after a global pooling: use x.flatten(1)")

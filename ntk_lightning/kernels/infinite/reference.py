@@ -350,17 +350,18 @@ class _Block(NamedTuple):
 def _activated(activation: Activation, k: _Fields, left: Tensor, right: Tensor) -> _Fields:
     """An activation, piece by piece, so that what its formulas hold in between stays in the cache."""
     nngp, ntk = torch.empty_like(k.nngp), None if k.ntk is None else torch.empty_like(k.ntk)
-    for piece in _pieces(k.nngp.shape):
+    for piece in _pieces(k.nngp):
         nngp[piece], derivative = dual_activation(activation, k.nngp[piece], _cut(left, piece), _cut(right, piece))
         if ntk is not None and k.ntk is not None:
             torch.mul(k.ntk[piece], derivative, out=ntk[piece])
     return _Fields(nngp, ntk)
 
 
-def _pieces(shape: torch.Size) -> Iterator[tuple[slice, ...]]:
+def _pieces(k: Tensor) -> Iterator[tuple[slice, ...]]:
     """Parts of a tensor whose entries lie one after another, small enough for the cache."""
-    threads = torch.get_num_threads()
-    most = 2**14 if threads == 1 else 2**15 * threads  # which PyTorch shares out
+    shape, most = k.shape, 2**15 * torch.get_num_threads()  # which PyTorch shares out
+    if k.device.type != "cpu":
+        most = k.numel()
     split = next(d for d in range(len(shape)) if math.prod(shape[d + 1 :]) <= most)
     step = max(1, most // math.prod(shape[split + 1 :]))
     for lead in itertools.product(*map(range, shape[:split])):
