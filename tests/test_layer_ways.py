@@ -302,12 +302,12 @@ EMBEDDINGS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "plain": (lambda: Language(nn.Embedding(300, 4)), True),
     "head": (lambda: Language(nn.Embedding(300, 4), "head"), True),
     "padding": (lambda: Language(nn.Embedding(300, 4, padding_idx=299)), True),
-    "few tokens": (lambda: Language(nn.Embedding(20, 4)), False),
+    "few tokens": (lambda: Language(nn.Embedding(8, 4)), False),
     "tied": (lambda: Language(nn.Embedding(300, 4), "tied"), False),
     "functional": (lambda: Language(nn.Embedding(300, 4), "functional"), False),
     "twice": (lambda: Language(nn.Embedding(300, 4), "twice"), False),
     "max_norm": (lambda: Language(nn.Embedding(300, 4, max_norm=100.0)), False),
-    "sparse": (lambda: Language(nn.Embedding(300, 4, sparse=True)), False),
+    "sparse": (lambda: Language(nn.Embedding(300, 4, sparse=True)), True),
 }
 
 
@@ -412,6 +412,11 @@ def test_the_way_of_fewest_multiplications_is_chosen(
     assert one.way(outputs, full, keep=True) == kept
     costs = one.costs(outputs, full)
     assert min(costs.values()) == costs[one.way(outputs, full)]
+
+
+@pytest.mark.parametrize(("partners", "expected"), [(4, "factors"), (1000, "product")])
+def test_the_making_of_a_row_is_shared_by_all_its_products(partners: int, expected: str) -> None:
+    assert layer("conv", 256, 256, 64).way(10, full=False, partners=partners) == expected
 
 
 @pytest.mark.parametrize("shifted", [(3, 64, 32, False), (64, 64, 32, True), (64, 64, 8, True), (512, 512, 4, False)])

@@ -41,6 +41,7 @@ class GradientRows(Rows):
         batched: Pull the cotangents of all outputs back in one pass instead of one after another.
         ruled: The layers to which rules apply, and the number of outputs, where known.
         keep: Keep layers' inputs and cotangents, where that is less than their gradients.
+        partners: Samples that a sample is multiplied with.
     """
 
     one_by_one = False
@@ -55,23 +56,26 @@ class GradientRows(Rows):
         batched: bool = False,
         ruled: Ruled | None = None,
         keep: bool = False,
+        partners: int = 128,
     ) -> None:
         net, self.by_branch, self.batched, self.forward_mode = function.net, by_branch, batched, True
         tensors = {name: usable(t, function.dtype) for name, t in (*net.named_parameters(), *net.named_buffers())}
         self.ruled = layers_with_rules(function, tensors, sample) if ruled is None else ruled
         self._make: Callable[..., GradientRows] = partial(
-            GradientRows, function, sample, per_layer, by_branch, dense, batched, self.ruled
+            GradientRows, function, sample, per_layer, by_branch, dense, batched, self.ruled, partners=partners
         )
         layers = {} if by_branch or dense else candidates(function)  # a branch may leave one out
         layers = {name: self._completed(function, layer, name, tensors) for name, layer in layers.items()}
         count = 1 if isinstance(function.output, int) else self.ruled.num_outputs
         layers = {
-            name: layer for name, layer in layers.items() if layer.shape and layer.way(count, function.full) != "vmap"
+            name: layer
+            for name, layer in layers.items()
+            if layer.shape and layer.way(count, function.full, keep, partners) != "vmap"
         }
         inside = {join(layer, name) for layer in layers for name in ("weight", "bias")}
         self.trainable = {name: tensors[name] for name in function.trainable}
         weights = {name: tensor for name, tensor in self.trainable.items() if name not in inside}
-        super().__init__(function, self.ruled.num_outputs, weights, layers, per_layer, keep)
+        super().__init__(function, self.ruled.num_outputs, weights, layers, per_layer, keep, partners)
         self.fixed = {name: tensor for name, tensor in tensors.items() if name not in weights}
         # Zeros that are added to the output z of a layer with a rule: the gradient in them is the cotangent g = df/dz.
         self.shifts = {name: tensors[join(name, "weight")].new_zeros(layer.shape) for name, layer in layers.items()}

@@ -23,9 +23,10 @@ multiplication inside a matrix product. ``product``: the cotangents [g_1 .. g_C]
 patches (T, d_in), see ``layer_gradients``. ``kept`` is chosen for a whole network where its gradients do not fit in
 memory, see ``memory_plan``, for each layer of which it keeps less than ``product``.
 
-``AffineLayer.way`` chooses the way of the fewest multiplications for a pair. Layers of one vector are always kept in
-factors, whose columns are also the fewest. Layers without a rule take the general way, vmap, as does an embedding of
-few tokens.
+``AffineLayer.way`` chooses the way of the fewest multiplications for a pair, with those for a sample, and WRITTEN for
+every entry of a gradient that is written and read, divided by the samples that it is multiplied with. Layers of one
+vector are always kept in factors, whose columns are also the fewest. Layers without a rule take the general way, vmap,
+as does an embedding of few tokens.
 
 Normalized trace: where all outputs reach z only through the readout's rows r_c, and channel o of z only entry o of the
 readout's input, then g_cpo = r_co h_po for some h, and sum_c <g_cp, g'_cp'> = <u h_p, u h'_p'> with
@@ -48,6 +49,7 @@ Way = Literal["factors", "product", "kept", "vmap"]
 Convolution = nn.Conv1d | nn.Conv2d | NTKConv1d | NTKConv2d
 
 _ENTRY = 32  # multiplications inside a matrix product that take as long as an entry of <g, g'> <a, a'> and its sum
+_WRITTEN = 16  # multiplications that take as long as an entry of a gradient is written and read once more
 _SHIFTED_POSITIONS = 64  # fewer make too thin products, and fewer inputs too narrow ones
 _SHIFTED_INPUTS = 32
 
@@ -135,29 +137,40 @@ class AffineLayer:
         """Cotangents that a row holds of it, where the network has so many."""
         return num_cotangents if self.unit is None else 1
 
-    def costs(self, num_cotangents: int, full: bool) -> dict[Way, int]:
-        """Multiplications for a pair of samples by each way, as in the table of this file."""
+    def costs(self, num_cotangents: int, full: bool, partners: int = 128) -> dict[Way, float]:
+        """Multiplications for a pair of samples by each way, as in the table of this file.
+
+        Args:
+            num_cotangents: C.
+            full: All products of outputs, instead of the trace.
+            partners: Samples that a sample is multiplied with, among which the making of its row is shared.
+
+        Returns:
+            Of each way that there is.
+        """
         c, t, d_out = self.count(num_cotangents), self.positions, self.d_out
         pairs = c * c if full else c
         if self.embeds:
-            return {"factors": t * t * (pairs * d_out + _ENTRY), "vmap": pairs * self.d_in * d_out}
+            dense = (pairs + c * _WRITTEN / partners) * self.d_in * d_out
+            return {"factors": t * t * (pairs * d_out + _ENTRY), "vmap": dense}
         factors = self.num_inputs + pairs * d_out
         if t > 1:
             factors = t * t * (factors + _ENTRY)
-        return {"factors": factors, "product": pairs * self.num_inputs * d_out}
+        return {"factors": factors, "product": (pairs + c * (t + _WRITTEN) / partners) * self.num_inputs * d_out}
 
-    def way(self, num_cotangents: int, full: bool, keep: bool = False) -> Way:
+    def way(self, num_cotangents: int, full: bool, keep: bool = False, partners: int = 128) -> Way:
         """Choose by the table of this file how the gradients of C outputs are made.
 
         Args:
             num_cotangents: C.
             full: All products of outputs, instead of the trace.
             keep: Keep inputs and cotangents, where that is less than the gradients.
+            partners: Samples that a sample is multiplied with.
 
         Returns:
             The way.
         """
-        costs = self.costs(num_cotangents, full)
+        costs = self.costs(num_cotangents, full, partners)
         if self.positions == 1 and not self.embeds:
             return "factors"
         cheapest = min(costs, key=costs.__getitem__)

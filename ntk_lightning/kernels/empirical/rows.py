@@ -67,6 +67,7 @@ class Rows(ABC):
         layers: Layers whose gradients are made by a rule.
         per_layer: Make a part of every module that owns parameters, instead of one of all.
         keep: Keep layers' inputs and cotangents, where that is less than their gradients.
+        partners: Samples that a sample is multiplied with.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Rows(ABC):
         layers: dict[str, AffineLayer],
         per_layer: bool,
         keep: bool = False,
+        partners: int = 128,
     ) -> None:
         self.function, self.num_outputs, self.weights, self.layers = function, num_outputs, weights, layers
         self.cotangents = function.cotangents(num_outputs)
@@ -84,8 +86,8 @@ class Rows(ABC):
         self.partner: Rows = self  # makes the rows of the kernel's second argument, in the same parts
         self.kept = function.dtype  # of rows that stay
         self.scratch = 2**25  # bytes for products of all positions, and for gradients that are formed to be multiplied
-        self.measured: dict[Hashable, int] = {}  # bytes, by number of samples, precision and what is kept
-        self.ways = {name: layer.way(len(self.cotangents), self.full, keep) for name, layer in layers.items()}
+        self.measured: dict[Hashable, int] = {}  # bytes, by number of samples, precision and width
+        self.ways = {name: layer.way(len(self.cotangents), self.full, keep, partners) for name, layer in layers.items()}
         self.keeps = "kept" in self.ways.values()
         self.together = 2**31  # how many vectors products take at once
         self.width, self.parts = 0, []
@@ -142,7 +144,7 @@ class Rows(ABC):
 
     def workspace(self, x: Inputs) -> int:
         """Bytes that operations allocate while the rows of x are made, as if none were freed before the end."""
-        key = len(x), self.kept, self.keeps
+        key = len(x), self.kept, self.width
         if key not in self.measured:
             meter = AllocationMeter()
             with meter:

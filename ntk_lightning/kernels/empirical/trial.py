@@ -96,7 +96,10 @@ def choose_rows(function: NetworkFunction, inputs: list[Inputs], per_layer: bool
     if found.way == "one by one":
         return OneByOneRows(plain or PlainNetwork(function), found.num_outputs, found.nbytes, per_layer)
     by_branch = found.way == "by branch"
-    rows = GradientRows(function, inputs[0][:1], per_layer, by_branch, dense, found.batched, found.ruled)
+    partners = max(1, sum(map(len, inputs)) // 2)  # half of a Gram, of two sets about as many
+    rows = GradientRows(
+        function, inputs[0][:1], per_layer, by_branch, dense, found.batched, found.ruled, partners=partners
+    )
     found.ruled = rows.ruled
     if not by_branch:  # what another branch allocates is not known
         rows.measured = found.measured.setdefault((function.full, per_layer, dense), {})
