@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ntk_lightning.kernels.infinite import reference
+from ntk_lightning.kernels.infinite.architecture import Layer
 from ntk_lightning.kernels.infinite.fused import plan, unsupported
 from ntk_lightning.kernels.infinite.lift import parse
 from ntk_lightning.networks import Erf, FiveLayerCNN, MyrtleCNN, NTKConv2d, NTKLinear
@@ -52,7 +53,7 @@ def equal_pixels(n: int, *shape: int) -> Tensor:
 
 
 def cnn(*layers: object, channels: int = 2) -> nn.Sequential:
-    """Sequential in which 3 stands for a convolution with a bias, "pool", "flat" and "mean" for themselves."""
+    """Sequential in which 3 stands for a convolution with a bias; :func:`fitting` mends its sizes."""
     modules: list[nn.Module] = []
     for layer in layers:
         match layer:
@@ -67,6 +68,22 @@ def cnn(*layers: object, channels: int = 2) -> nn.Sequential:
             case nn.Module():
                 modules.append(layer)
     return nn.Sequential(*modules, NTKLinear(1, 1, bias_std=0.1))
+
+
+def fitting(net: nn.Sequential, shape: tuple[int, int, int]) -> nn.Sequential:
+    """The network with the sizes that images of a shape ask for."""
+    x, modules = torch.zeros(1, *shape), list[nn.Module]()
+    for module in net:
+        match module:
+            case NTKConv2d(weight_std=weight_std, bias_std=bias_std):
+                module = NTKConv2d(
+                    x.shape[1], module.out_channels, module.kernel_size, weight_std=weight_std, bias_std=bias_std
+                )
+            case NTKLinear(weight_std=weight_std, bias_std=bias_std):
+                module = NTKLinear(x.shape[1], module.out_features, weight_std, bias_std)
+        x = module(x)
+        modules.append(module)
+    return nn.Sequential(*modules)
 
 
 def erf_net() -> nn.Sequential:
@@ -88,20 +105,23 @@ class Case:
     columns: int = 8
     workspace_bytes: int = 2**27
 
+    def layers(self) -> tuple[Layer, ...]:
+        return parse(fitting(self.net(), self.shape))
+
     def inputs(self) -> tuple[Tensor, Tensor | None]:
         n1, n2 = self.images
         return self.make(n1, *self.shape), self.make(n2, *self.shape) if n2 else None
 
     def expected(self) -> Tensor:
         x1, x2 = self.inputs()
-        nngp, ntk = reference.gram(parse(self.net()), x1.double(), (x1 if x2 is None else x2).double())
+        nngp, ntk = reference.gram(self.layers(), x1.double(), (x1 if x2 is None else x2).double())
         return ntk if self.kind == "ntk" else nngp
 
     def compute(self, device: str) -> tuple[Tensor, int]:
         """The Gram, and the number of entries that were announced."""
         from ntk_lightning.kernels.infinite.fused_cuda import Tiling, gram
 
-        layers = parse(self.net())
+        layers = self.layers()
         assert unsupported(layers, self.shape[1:], "cuda") is None
         x1, x2 = (None if x is None else x.to(device) for x in self.inputs())
         assert x1 is not None
@@ -112,7 +132,7 @@ class Case:
     def diagonal(self, device: str) -> Tensor:
         from ntk_lightning.kernels.infinite.fused_cuda import Tiling, diag
 
-        return diag(parse(self.net()), self.kind, self.inputs()[0].to(device), Tiling(warps=WARPS[device])).cpu()
+        return diag(self.layers(), self.kind, self.inputs()[0].to(device), Tiling(warps=WARPS[device])).cpu()
 
 
 CASES = {
