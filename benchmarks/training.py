@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -215,7 +216,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "training_cpu.json")
     options = parser.parse_args()
     if options.allocator == "keeping" and not KEEPING.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEPING})
+        sys.exit(subprocess.run([sys.executable, *sys.argv], check=False, env={**os.environ, **KEEPING}).returncode)
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
