@@ -29,7 +29,7 @@ def test_nothing_is_lost_or_wrong(tmp_path: Path) -> None:
     assert (status, counts["lost"], counts["wrong"]) == (0, 0, 0), printed
     assert counts["kills"] > 0
     assert counts["rounds"] == 3
-    assert (counts["fits"], counts["cells"], counts["blocks"]) == (1, 6, 29)
+    assert (counts["fits"], counts["cells"], counts["blocks"]) == (1, 6, 33)
     assert [path.name for path in tmp_path.iterdir()] == ["counts.json"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,18 +110,18 @@ def read_trained(path: Path) -> Trained | None:
 
 
 def write_trained(path: Path, trained: Trained) -> None:
-    """Keep a trained network, unless it is too large to.
+    """Keep a trained network, unless it is too large to; warn where it cannot be written, as no result depends on it.
 
     Args:
         path: As of :func:`trained_path`.
         trained: What to keep.
-
-    Raises:
-        OSError: The file cannot be written.
     """
     if sum(tensor.nbytes for tensor in trained.weights.values()) > _MOST_BYTES:
         return
-    with writing(path.parent, ADVICE):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, ADVICE, keep=lambda there: read_trained(there) is not None) as temporary:
-        torch.save({**vars(trained), "weights": dict(trained.weights), "errors": dict(trained.errors)}, temporary)
+    try:
+        with writing(path.parent, ADVICE):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path, ADVICE, keep=lambda there: read_trained(there) is not None) as temporary:
+            torch.save({**vars(trained), "weights": dict(trained.weights), "errors": dict(trained.errors)}, temporary)
+    except (OSError, RuntimeError) as error:  # RuntimeError: how torch's writer tells of a full disk
+        warnings.warn(f"Cells that extract other kernels will train this network again. {error}", stacklevel=2)
