@@ -2,6 +2,8 @@
 
 The floor is one forward pass and C backward passes of the same samples, batched as is best, and the matrix products of
 the ways that were chosen. All take turns: a round of each, one after another. Part of empirical_ntk.py.
+
+Longer than 300 lines because the rows, their peers and their floors are one table.
 """
 
 from __future__ import annotations

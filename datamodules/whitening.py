@@ -142,7 +142,7 @@ def _kept(compute: Callable[[], Tensor], path: Path) -> Tensor:
         if not path.exists():
             with atomic_write(path, ADVICE) as temporary, temporary.open("wb") as file:
                 np.save(file, compute().numpy())
-        return torch.from_numpy(np.load(path))
+        return torch.from_numpy(np.load(path, allow_pickle=False))
 
 
 @contextmanager

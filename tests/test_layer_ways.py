@@ -1,4 +1,7 @@
-"""Layer by layer from kept inputs, the trace's last layers in one vector, embeddings by id: all plain autograd."""
+"""Layer by layer from kept inputs, the trace's last layers in one vector, embeddings by id: all plain autograd.
+
+Longer than 300 lines for its counterexamples: networks in which a way would be wrong, and must not be taken.
+"""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,9 +103,11 @@ def read_trained(path: Path) -> Trained | None:
     Returns:
         What was kept; None where there is no file, or one that cannot be read.
     """
+    if not zipfile.is_zipfile(path):  # what torch.save writes is one
+        return None
     try:
         return Trained(**torch.load(path, map_location="cpu", weights_only=True))
-    except (OSError, EOFError, RuntimeError, TypeError, pickle.UnpicklingError):
+    except (OSError, EOFError, RuntimeError, TypeError):
         return None
 
 
