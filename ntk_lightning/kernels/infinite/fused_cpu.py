@@ -27,12 +27,13 @@ from torch import Tensor
 from ntk_lightning.kernels.infinite.architecture import Layer
 from ntk_lightning.kernels.infinite.fused import finish, near_duplicates, needs_variances, saturates
 from ntk_lightning.kernels.infinite.fused_cpu_program import FEW, LINEAR, Network, read
-from ntk_lightning.kernels.infinite.fused_cpu_records import NEVER, Arrays, Program, packed, unpacked
+from ntk_lightning.kernels.infinite.fused_cpu_records import Arrays, Program, packed, unpacked
 from ntk_lightning.kernels.infinite.fused_cpu_simd import LANES
 
 __all__ = ["diag", "gram"]
 
 T = TypeVar("T")
+Pairs = tuple[slice, slice, Tensor, Tensor]  # rows and columns that hold them, and the two numbers of each
 _NEAR = 1e-2  # distance of images, scaled to length one, below which their pair is computed in float64
 _JOB = 2**28  # covariances in one uninterruptible block, a fraction of a second
 
@@ -66,18 +67,16 @@ def gram(layers: Sequence[Layer], kind: str, x1: Tensor, x2: Tensor | None, adva
     tables2, own2 = (tables1, own1) if x2 is None else _with_itself(network, x2, fields, whole)
     program = Program(network, x1.shape[1:], tables1[0].dtype, fields, network.flat)
 
-    def block(i: slice, j: slice) -> int:
-        rows, columns = (torch.arange(s.start, s.stop) for s in (i, j))
-        one, other = torch.cartesian_prod(rows, columns).T
-        if x2 is None:
-            one, other = one[one <= other], other[one <= other]
-        means = torch.empty(len(rows), len(columns), 2, dtype=torch.float64)
-        if -(-len(one) // LANES) <= 0.75 * len(rows) * -(-len(columns) // LANES):  # else too many lanes stay empty
+    def block(i: slice, j: slice, one: Tensor, other: Tensor) -> int:
+        """Of rows i and columns j, the pairs (one, other)."""
+        rows, columns = i.stop - i.start, j.stop - j.start
+        means = torch.empty(rows, columns, 2, dtype=torch.float64)
+        if -(-len(one) // LANES) <= 0.75 * rows * -(-columns // LANES):  # else too many lanes stay empty
             left, right = packed(tables1, one.numpy()), packed(tables2, other.numpy())
             means[one - i.start, other - j.start] = program.run(left, right, paired=True)[: len(one), 0]
         else:
-            left, right = (tables1[0][i], tables1[1][i]), packed(tables2, columns.numpy())
-            means = program.run(left, right, below=i.start - j.start if x2 is None else NEVER)[:, : len(columns)]
+            left, right = (tables1[0][i], tables1[1][i]), packed(tables2, np.arange(j.start, j.stop))
+            means = program.run(left, right)[:, :columns]
         nngp, ntk = means.unbind(-1)
         kernel = finish(network.head, kind, nngp, ntk, own1[i, 0], own2[j, 0]).to(result.dtype)
         result[one, other] = kernel[one - i.start, other - j.start]
@@ -85,16 +84,9 @@ def gram(layers: Sequence[Layer], kind: str, x1: Tensor, x2: Tensor | None, adva
             result[other, one] = result[one, other]
         return len(one) + (int((one != other).sum()) if x2 is None else 0)
 
-    fair = result.numel() // (8 * torch.get_num_threads())
-    width = LANES * max(1, int(min(fair, _JOB / program.cost) ** 0.5) // LANES)
-    height = max(1, min(max(LANES, fair // width), int(_JOB / program.cost / width)))
-    blocks = (
-        (i, j)
-        for i in _cut(len(result), height)
-        for j in _cut(result.shape[1], width)
-        if x2 is not None or i.start < j.stop
-    )
-    for finished in _parallel(block, blocks):
+    pairs = result.numel() if x2 is not None else len(x1) * (len(x1) + 1) // 2
+    most = min(pairs // (8 * torch.get_num_threads()), int(_JOB / program.cost))  # pairs of one block
+    for finished in _parallel(block, _rectangles(result.shape, most) if x2 is not None else _triangle(len(x1), most)):
         advance(finished)
     if kind == "ntk" and x1.dtype == torch.float32:
         for i, near in near_duplicates(x1, x1 if x2 is None else x2, _NEAR):
@@ -166,6 +158,27 @@ def _with_itself(network: Network, x: Tensor, fields: int, whole: bool) -> tuple
     for _ in _parallel(block, [(i,) for i in _cut(n, LANES)]):
         pass
     return tables, own
+
+
+def _rectangles(shape: Sequence[int], most: int, row: int = 0, column: int = 0) -> Iterator[Pairs]:
+    """Cut a rectangle of pairs, which begins at (row, column), into blocks of about so many pairs."""
+    width = LANES * max(1, int(most**0.5) // LANES)
+    for i in _cut(shape[0], max(1, most // width)):
+        for j in _cut(shape[1], width):
+            i0, j0 = slice(row + i.start, row + i.stop), slice(column + j.start, column + j.stop)
+            one, other = torch.cartesian_prod(torch.arange(i0.start, i0.stop), torch.arange(j0.start, j0.stop)).T
+            yield i0, j0, one, other
+
+
+def _triangle(n: int, most: int) -> Iterator[Pairs]:
+    """Cut the pairs (i, j), i <= j, of n images into blocks: small triangles, and beside each a rectangle."""
+    for tile in [slice(max(0, stop - LANES), stop) for stop in range(n, 0, -LANES)][::-1]:
+        size, rest = tile.stop - tile.start, n - tile.stop  # the rest is whole groups of 16
+        if rest:
+            yield from _rectangles((size, rest), most, tile.start, tile.stop)
+        one, other = torch.triu_indices(size, size) + tile.start
+        for part in _cut(len(one), LANES * max(1, most // LANES)):
+            yield tile, tile, one[part], other[part]
 
 
 def _cut(n: int, size: int) -> list[slice]:

@@ -551,7 +551,6 @@ def _run_block(
     records: Records,
     paired: bool,
     fill: bool,
-    below: int,
     fields: int,
     sums: Array,
 ) -> None:
@@ -563,13 +562,12 @@ def _run_block(
         records: The network.
         paired: Whether the first images stand in groups too.
         fill: Fill in the numbers that activations need of pixels: every image is paired with itself.
-        below: Groups of columns that end before column ``below`` + i of row i are left out.
         fields: 1 for the NNGP alone, 2 for both kernels.
         sums: NNGP and NTK are added to it, (first images or groups, groups or 1, 2 x 16).
     """
     for i in range(len(buffers.left)):
         for group in range(len(buffers.right)):
-            if (paired and group != i) or (group + 1) * LANES <= below + i:
+            if paired and group != i:
                 continue
             _run_group(
                 Buffers(buffers.work, buffers.left[i], buffers.right[group]),

@@ -24,12 +24,11 @@ from ntk_lightning.kernels.infinite.architecture import Window
 from ntk_lightning.kernels.infinite.fused_cpu_program import LINEAR, Level, Network
 from ntk_lightning.kernels.infinite.fused_cpu_simd import LANES
 
-__all__ = ["NEVER", "Arrays", "Program", "packed", "unpacked"]
+__all__ = ["Arrays", "Program", "packed", "unpacked"]
 
 Arrays = tuple[NDArray[Any], NDArray[Any]]  # of the levels in the inputs' precision, and of the deep ones in float64
 
 _CACHE_LINE = 64  # bytes
-NEVER = -(2**31)  # below any diagonal
 
 
 def _record(names: str, kind: type) -> list[tuple[str, type]]:
@@ -160,7 +159,7 @@ class Program:
         first, deep = (np.zeros((n, entries), dtype) for entries, dtype in zip(self.entries, self.dtypes, strict=True))
         return first, deep
 
-    def run(self, left: Arrays, right: Arrays, paired: bool = False, fill: bool = False, below: int = NEVER) -> Tensor:
+    def run(self, left: Arrays, right: Arrays, paired: bool = False, fill: bool = False) -> Tensor:
         """Means over pixels of NNGP and NTK at the last level, (first images, second images, 2) in float64.
 
         Args:
@@ -168,8 +167,6 @@ class Program:
             right: Of the second images, in groups.
             paired: Pair every first image with the second one of the same index alone: (images, 1, 2).
             fill: Fill in what activations need.
-            below: In a symmetric Gram, the first row's number less the first column's: groups of columns that lie below
-                the diagonal are left out.
 
         Returns:
             The means.
@@ -180,7 +177,7 @@ class Program:
             for size, dtype, *sides in zip(self.work, self.dtypes, left, right, strict=True)
         )
         fused_cpu_numba.run_block(
-            first, deep, self.records, paired, fill, below, self.fields, sums.reshape(*sums.shape[:2], -1)
+            first, deep, self.records, paired, fill, self.fields, sums.reshape(*sums.shape[:2], -1)
         )
         means = torch.from_numpy(sums / self.pixels)
         return means.movedim(3, 1).flatten(0, 1) if paired else means.movedim(3, 2).flatten(1, 2)
