@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from table import IMPLEMENTATIONS, ROWS, table
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from training import trainer_beside_loop, watching_beside_training
+from turns import take_turns
 
 from ntk_lightning.kernels import EmpiricalNTK
 from ntk_lightning.modules.taylor_expansion import taylor_expansion
@@ -90,18 +90,6 @@ print(json.dumps({"peak_bytes": status("VmHWM") - before - out.nbytes, "seconds"
 """
 
 
-def interleaved(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every task in every round, after one round that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for counted in [False] + [True] * rounds:
-        for name, task in tasks.items():
-            start = time.perf_counter()
-            task()
-            if counted:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def relative(actual: Tensor, expected: Tensor) -> float:
     """Largest deviation over the largest entry."""
     return float((actual - expected).abs().max() / expected.abs().max())
@@ -154,7 +142,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
         "matrix product (n, P) x (P, n)": lambda: features @ features.T,
         "jacrev and einsum": lambda: jacrev_and_einsum(net, x, x),
     }
-    seconds = interleaved(tasks, options.rounds)
+    seconds = take_turns(tasks, options.rounds)
     oracle = kernel(x.double())
     ours, tutorial = kernel(x), jacrev_and_einsum(net, x, x)[:, :, 0, 0]
     errors = {"EmpiricalNTK": relative(ours, oracle), "jacrev and einsum": relative(tutorial, oracle)}
@@ -219,7 +207,7 @@ def taylor(options: argparse.Namespace) -> dict[str, Any]:
         return lambda: step(list(displacement.values()), lambda: taylor_expansion(net, w0, displacement, x, order))
 
     tasks = {"finite network": lambda: step(list(net.parameters()), lambda: net(x))}
-    seconds = interleaved(
+    seconds = take_turns(
         tasks | {f"Taylor model of order {order}": model(order) for order in (1, 2, 3)}, options.rounds
     )
     print(f"\none SGD step, Myrtle-5, width 16, 32x32, batch of 64, {options.threads} threads")

@@ -30,6 +30,7 @@ import torch
 from lightning import Trainer
 from machine import machine
 from torch import Tensor, nn
+from turns import take_turns
 
 from ntk_lightning.callbacks import EmpiricalNTKDynamics
 from ntk_lightning.datamodules import FashionMNISTBinary
@@ -184,18 +185,6 @@ def products_beside_curvlinops(options: argparse.Namespace) -> dict[str, Any]:
     shown = ", ".join(f"{name} {value:.2f}" for name, value in ratios.items())
     print(f"products of the kernel, curvlinops' time by ours: {shown}")
     return {"curvlinops_over_ours": ratios, "seconds": seconds}
-
-
-def take_turns(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every task in every round, after one round that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for counted in [False] + [True] * rounds:
-        for name, task in tasks.items():
-            start = time.perf_counter()
-            task()
-            if counted:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 PARTS = {

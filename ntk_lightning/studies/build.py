@@ -20,7 +20,7 @@ from ntk_lightning.studies.cell_config import Cell
 from ntk_lightning.studies.config import StudyConfig
 from ntk_lightning.studies.schema import AFTER, DURING, FRESH
 
-__all__ = ["LoadedData", "apart_from_subset", "build", "check_study", "set_up_data"]
+__all__ = ["LoadedData", "apart_from_subset", "build", "check_study", "compute_device", "set_up", "set_up_data"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,29 @@ def build(cell: Cell, loaded: LoadedData | None = None) -> tuple[ImageDataModule
 
         data.load = load_once  # type: ignore[method-assign]
     return data, made.net
+
+
+def set_up(cell: Cell, loaded: LoadedData | None = None) -> tuple[ImageDataModule, nn.Sequential]:
+    """Make a cell's data module, set up, and its network as drawn by its seed; torch's generator stays as it is.
+
+    Args:
+        cell: The cell.
+        loaded: As of :func:`build`.
+
+    Returns:
+        Data module and network.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(cell.seed)
+        data, net = build(cell, loaded)
+    data.prepare_data()
+    data.setup()
+    return data, net
+
+
+def compute_device() -> torch.device:
+    """Where kernels of cells are computed and fitted: a GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def apart_from_subset(cell: Cell) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from ntk_lightning.datamodules.base import ImageDataModule
 from ntk_lightning.kernels.empirical.evaluation import evaluation_ntk
 from ntk_lightning.kernels.grams.gram_and_cross import GramAndCross
 from ntk_lightning.modules import FiniteNetwork, LinearizedNetwork
-from ntk_lightning.studies.build import LoadedData, build
+from ntk_lightning.studies.build import LoadedData, build, compute_device
 from ntk_lightning.studies.cell_config import Cell
 from ntk_lightning.studies.files import Rows
 from ntk_lightning.studies.predictions import predicted_columns
@@ -133,7 +133,7 @@ def run_cell(
         else:
             grams: GramAndCross
             if cell.model == "empirical":
-                grams = partial(evaluation_ntk(net.to(_device()), memory).gram_and_cross, progress=progress)
+                grams = partial(evaluation_ntk(net.to(compute_device()), memory).gram_and_cross, progress=progress)
             else:
                 grams = cell_grams(cell, folder / "grams", loaded if whole_pool else None, progress)
             rows = _fit_kernel(cell, cell.model, grams, data, "train", [cell.n])
@@ -155,7 +155,7 @@ def _network(cell: Cell, net: nn.Sequential, data: ImageDataModule, path: Path, 
         if not sizes:
             continue
         try:
-            grams = evaluation_ntk(net.to(_device()), memory).gram_and_cross
+            grams = evaluation_ntk(net.to(compute_device()), memory).gram_and_cross
             rows += _fit_kernel(cell, model, grams, data, split, sizes, m=cell.n, t=trained.steps)
         except FloatingPointError as error:
             warnings.warn(f"There is no after-kernel. {error}", stacklevel=2)
@@ -215,17 +215,13 @@ def _fit_kernel(
 ) -> Rows:
     """Fit a kernel on the first samples of a set, for each size, by the steps that the cell's network takes."""
     sets = {name: getattr(data, f"{name}_set") for name in (split, "test", "val")}
-    fitted, *others = (samples.to(_device()) for samples in sets.values() if samples is not None)
+    fitted, *others = (samples.to(compute_device()) for samples in sets.values() if samples is not None)
     evaluation = dict(zip(("test", "val"), others, strict=False))
     problem = NestedProblem.compute(grams, fitted, evaluation, sizes[-1])
     errors = [ModelErrors.of_fit(model, n, problem.sgd(n, cell.optimizer)) for n in sizes]
     rows = [_row(cell, model, each, **columns) for each in errors]
     rows[-1] |= predicted_columns(problem.gram, problem.targets)
     return rows
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _row(cell: Cell, model: str, errors: ModelErrors, **extra: float | None) -> dict[str, Any]:

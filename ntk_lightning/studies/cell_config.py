@@ -64,6 +64,16 @@ class Cell:
             )
 
     @property
+    def n_test(self) -> int:
+        """Test samples."""
+        return int(self.data.get("init_args", {}).get("n_test", 1000))
+
+    @property
+    def num_evaluated(self) -> int:
+        """Test and validation samples, which every fit is evaluated at."""
+        return self.n_test + int(self.data.get("init_args", {}).get("n_val", 0))
+
+    @property
     def config(self) -> str:
         """All of it as JSON."""
         return json.dumps(asdict(self), sort_keys=True)

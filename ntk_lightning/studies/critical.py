@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from rich.console import Console
 from torch import Tensor
 
 from ntk_lightning.kernels.empirical.evaluation import evaluation_ntk
 from ntk_lightning.spectrum import critical_learning_rate
-from ntk_lightning.studies.build import build
+from ntk_lightning.studies.build import compute_device, set_up
 from ntk_lightning.studies.cell_config import Cell
 from ntk_lightning.studies.config import StudyConfig
 from ntk_lightning.studies.schema import WIDTH_FREE
@@ -130,14 +129,9 @@ def tell_above_critical(config: StudyConfig, memory: str) -> list[str]:
 def _gram(cell: Cell, n: int, memory: str) -> Tensor:
     """The Gram of a cell's kernel on the first n samples of its subset."""
     arguments = {**cell.data.get("init_args", {}), "n_train": n, "fresh": 0}
-    small = replace(cell, data={**cell.data, "init_args": arguments})
-    with torch.random.fork_rng():
-        torch.manual_seed(cell.seed)
-        data, net = build(small)
-        data.prepare_data()
-        data.setup()
+    data, net = set_up(replace(cell, data={**cell.data, "init_args": arguments}))
     assert data.train_set is not None
-    x = data.train_set.x.to("cuda" if torch.cuda.is_available() else "cpu")
+    x = data.train_set.x.to(compute_device())
     if cell.model in WIDTH_FREE:
         return infinite_kernel(cell)(x)
     gram: Tensor = evaluation_ntk(net.to(x.device), memory)(x)

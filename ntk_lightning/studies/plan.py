@@ -21,7 +21,7 @@ from ntk_lightning.studies.files import ADVICE, Rows
 from ntk_lightning.studies.plan_rates import Rates
 from ntk_lightning.studies.predictions import PREDICT_MAX
 from ntk_lightning.studies.schema import TRAINED, WIDTH_FREE
-from ntk_lightning.studies.shared_gram import missing_pairs
+from ntk_lightning.studies.shared_gram import count_pairs, missing_pairs
 from ntk_lightning.studies.trained import trained_path, training
 
 __all__ = ["Plan", "plan_cells", "print_plan", "write_plan"]
@@ -107,7 +107,7 @@ class _Planner:
             return
         self._trained.add(key)
         rates, epochs = self.rates.training(cell), self._epochs(cell)
-        measured = self._test(cell) + (cell.n if cell.until_train_error is not None else 0)
+        measured = cell.num_evaluated + (cell.n if cell.until_train_error is not None else 0)
         self.plan.samples += epochs * cell.n
         self.plan.spend("training", rates.start + epochs * cell.n * rates.sample)
         self.plan.spend("evaluating networks", epochs * measured * rates.forward / cell.evaluate_every)
@@ -133,11 +133,11 @@ class _Planner:
 
     def _empirical(self, cell: Cell, n: int, times: int) -> None:
         """Count the Grams of an empirical NTK."""
-        rates, m = self.rates.gradients(cell), self._test(cell)
+        rates, m = self.rates.gradients(cell), cell.num_evaluated
         budget = int(0.9 * parse_bytes(self.rates.memory))
         panels = max(1, -(-n * rates.row_bytes // budget))
         gradients = times * (n * (panels + 1) // 2 + m * panels)  # those that are not in a panel are made anew
-        products = times * _pairs(n, m)
+        products = times * count_pairs(n, m)
         self.plan.gradients += gradients
         self.plan.products += products
         self.plan.spend("empirical NTKs", gradients * rates.gradient + products * rates.product)
@@ -145,13 +145,13 @@ class _Planner:
 
     def _infinite(self, cell: Cell) -> None:
         """Count the pairs of an infinite-width Gram, or of what is larger than another of its seed."""
-        m, key = self._test(cell), f"{cell.model} {cell.net}"
+        m, key = cell.num_evaluated, f"{cell.model} {cell.net}"
         if cell.key in self.pooled:
             pairs = missing_pairs(cell, self.loaded, self.folder / "grams") if key not in self._grams else 0
             self._grams[key] = pairs
         else:
             key += f" {cell.seed}"
-            pairs = max(0, _pairs(cell.n, m) - self._grams.get(key, 0))
+            pairs = max(0, count_pairs(cell.n, m) - self._grams.get(key, 0))
             self._grams[key] = self._grams.get(key, 0) + pairs
         self.plan.pairs += pairs
         self.plan.spend("infinite NTKs", pairs * self.rates.pair(cell))
@@ -159,15 +159,11 @@ class _Planner:
 
     def _fit(self, cell: Cell, sizes: Sequence[int]) -> None:
         """Count fits by kernel SGD."""
-        m = self._test(cell)
+        m = cell.num_evaluated
         for n in sizes:
             self.plan.spend("kernel SGD", cell.optimizer.epochs * self.rates.fit_epoch(n, m, cell.optimizer))
         if max(sizes) <= PREDICT_MAX:
             self.plan.spend("predicted curves", self.rates.eigenvectors(max(sizes)))
-
-    def _test(self, cell: Cell) -> int:
-        arguments = cell.data.get("init_args", {})
-        return int(arguments.get("n_test", 1000)) + int(arguments.get("n_val", 0))
 
     def _remember(self, cell: Cell, extra: int) -> None:
         """Keep the cell with the highest peak: what the process has, with a quarter for temporaries of the matrices."""
@@ -278,7 +274,3 @@ def free_bytes() -> int | None:
         if most != "max":
             free.append(int(most) - int(now))
     return min(free, default=None)
-
-
-def _pairs(n: int, m: int) -> int:
-    return n * (n + 1) // 2 + n * m

@@ -11,14 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from ntk_lightning.datamodules.base import ImageDataModule
 from ntk_lightning.kernels.empirical.evaluation import evaluation_ntk
 from ntk_lightning.modules import FiniteNetwork, LinearizedNetwork
 from ntk_lightning.optim import OptimizerConfig
 from ntk_lightning.solvers import kernel_sgd
-from ntk_lightning.studies.build import LoadedData, build
+from ntk_lightning.studies.build import LoadedData, compute_device, set_up
 from ntk_lightning.studies.cell import train
 from ntk_lightning.studies.cell_config import Cell
 from ntk_lightning.studies.shared_gram import infinite_kernel
@@ -84,7 +82,7 @@ class Rates:
         batch = _FULL_BATCH if optimizer.full_batch else optimizer.batch_size
         key = json.dumps([cell.model, dict(cell.net), batch], sort_keys=True)
         if key not in self._training:
-            tested = cell.data.get("init_args", {}).get("n_test", 1000)
+            tested = cell.n_test
             n, m, many = min(4 * batch, max(cell.n, self.loaded.pool // 2)), min(64, tested), min(500, tested)
             small = replace(
                 _of_size(cell, n, m),
@@ -96,7 +94,7 @@ class Rates:
                 evaluate_every=1,
                 optimizer=replace(optimizer, batch_size=batch, full_batch=False),
             )
-            data, net = _built(_of_size(cell, 1, many), self.loaded)
+            data, net = set_up(_of_size(cell, 1, many), self.loaded)
             assert data.test_set is not None
             x = data.test_set.x
             with torch.no_grad():
@@ -104,7 +102,7 @@ class Rates:
 
             def run(epochs: int) -> float:
                 config = replace(small.optimizer, epochs=epochs)
-                data, net = _built(small, self.loaded)
+                data, net = set_up(small, self.loaded)
                 order = int(cell.model.split()[1]) if cell.model != "network" else None
                 module = LinearizedNetwork(net, config, order) if order else FiniteNetwork(net, config)
                 started = time.perf_counter()
@@ -135,7 +133,7 @@ class Rates:
         if key not in self._to_fit:
             kernels: dict[str, Any] = {"after": (), "after_fresh": (), "kernels_at": None, "log_spaced": None}
             small = replace(_of_size(cell, n, 1), **kernels)
-            data, net = _built(small, self.loaded)
+            data, net = set_up(small, self.loaded)
             trained, _ = train(small, FiniteNetwork(net, small.optimizer), data, self.memory)
             self._to_fit[key] = round(trained.steps / small.optimizer.steps_per_epoch(n))
         return self._to_fit[key]
@@ -151,13 +149,13 @@ class Rates:
         """
         key = json.dumps(dict(cell.net), sort_keys=True)
         if key not in self._gradients:
-            _, net = _built(_of_size(cell, 1, 1), self.loaded)
+            _, net = set_up(_of_size(cell, 1, 1), self.loaded)
             row_bytes = 4 * sum(parameter.numel() for parameter in net.parameters())
             large = max(16, min(384, self.loaded.pool, _ROWS_BYTES // row_bytes))
             small = large // 4
-            data, net = _built(_of_size(cell, large, 1), self.loaded)
+            data, net = set_up(_of_size(cell, large, 1), self.loaded)
             assert data.train_set is not None
-            x, kernel = data.train_set.x.to(_device()), evaluation_ntk(net.to(_device()), self.memory)
+            x, kernel = data.train_set.x.to(compute_device()), evaluation_ntk(net.to(compute_device()), self.memory)
             kernel(x[:small])
             times = [_best(partial(kernel, x[:count])) for count in (small, large)]
             # count * gradient + count (count + 1) / 2 * product
@@ -179,9 +177,9 @@ class Rates:
         """
         key = json.dumps([cell.model, dict(cell.net)], sort_keys=True)
         if key not in self._pairs:
-            data, _ = _built(_of_size(cell, min(96, self.loaded.pool), 1), self.loaded)
+            data, _ = set_up(_of_size(cell, min(96, self.loaded.pool), 1), self.loaded)
             assert data.train_set is not None
-            x, kernel = data.train_set.x.to(_device()), infinite_kernel(cell)
+            x, kernel = data.train_set.x.to(compute_device()), infinite_kernel(cell)
             kernel(x[:8])
             self._pairs[key] = _best(lambda: kernel(x)) / (len(x) * (len(x) + 1) / 2)
         return self._pairs[key]
@@ -233,16 +231,6 @@ def _of_size(cell: Cell, n: int, m: int) -> Cell:
     return replace(cell, n=n, data={**cell.data, "init_args": arguments})
 
 
-def _built(cell: Cell, loaded: LoadedData) -> tuple[ImageDataModule, nn.Sequential]:
-    """A cell's data, set up, and its network."""
-    with torch.random.fork_rng():
-        torch.manual_seed(cell.seed)
-        data, net = build(cell, loaded)
-    data.prepare_data()
-    data.setup()
-    return data, net
-
-
 def _best(call: Callable[[], object], rounds: int = 2) -> float:
     """The least seconds of some calls."""
     times = []
@@ -251,7 +239,3 @@ def _best(call: Callable[[], object], rounds: int = 2) -> float:
         call()
         times.append(time.perf_counter() - started)
     return min(times)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

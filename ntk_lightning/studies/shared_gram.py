@@ -14,14 +14,19 @@ from torch import Tensor
 
 from ntk_lightning.kernels import InfiniteNTK
 from ntk_lightning.kernels.grams.gram_and_cross import GramAndCross
-from ntk_lightning.kernels.grams.stored import pooled_gram_and_cross, pooled_store, stored_gram_and_cross
+from ntk_lightning.kernels.grams.stored import (
+    blocks_of_fit,
+    pooled_gram_and_cross,
+    pooled_store,
+    stored_gram_and_cross,
+)
 from ntk_lightning.kernels.infinite.infinite_ntk import Kind
 from ntk_lightning.optim import OptimizerConfig
-from ntk_lightning.studies.build import LoadedData, apart_from_subset, build
+from ntk_lightning.studies.build import LoadedData, apart_from_subset, build, set_up
 from ntk_lightning.studies.cell_config import Cell
 from ntk_lightning.studies.schema import WIDTH_FREE
 
-__all__ = ["cell_grams", "cells_of_pools", "infinite_kernel", "missing_pairs"]
+__all__ = ["cell_grams", "cells_of_pools", "count_pairs", "infinite_kernel", "missing_pairs"]
 
 
 def cell_grams(cell: Cell, folder: Path, pool: LoadedData | None, progress: bool) -> GramAndCross:
@@ -65,12 +70,12 @@ def cells_of_pools(cells: Sequence[Cell], loaded: LoadedData, folder: Path) -> f
             groups[json.dumps([cell.model, apart_from_subset(cell), dict(cell.net)], sort_keys=True)].append(cell)
     chosen = set[str]()
     for group in groups.values():
-        test = group[0].data["init_args"].get("n_test", 1000) + group[0].data["init_args"].get("n_val", 0)
+        test = group[0].num_evaluated
         largest: dict[int, int] = {}
         for cell in group:
             largest[cell.seed] = max(cell.n, largest.get(cell.seed, 0))
-        apart = sum(_pairs(n, test) for n in largest.values())
-        if apart > _pairs(pool, test) or apart > missing_pairs(group[0], loaded, folder):
+        apart = sum(count_pairs(n, test) for n in largest.values())
+        if apart > count_pairs(pool, test) or apart > missing_pairs(group[0], loaded, folder):
             chosen |= {cell.key for cell in group}
     return frozenset(chosen)
 
@@ -89,7 +94,8 @@ def infinite_kernel(cell: Cell) -> InfiniteNTK:
         return InfiniteNTK(build(cell)[1], kind)
 
 
-def _pairs(n: int, test: int) -> int:
+def count_pairs(n: int, test: int) -> int:
+    """Count the pairs of a fit on n samples, evaluated at others: n^2 / 2 + n test, and half the diagonal."""
     return n * (n + 1) // 2 + test * n
 
 
@@ -106,9 +112,7 @@ def missing_pairs(cell: Cell, loaded: LoadedData, folder: Path) -> int:
     """
     samples = _pool_samples(_pool_cell(cell, loaded.pool), loaded)
     store = pooled_store(infinite_kernel(cell), folder, samples)
-    first = len(samples) - loaded.pool  # no fit asks for the kernel of test samples with one another
-    needed = [(i, j) for i, j in store.block_ids if (j + 1) * store.block > first]
-    return sum(store._pairs(block_id) for block_id in needed if not store._stored(*store._ordered(block_id)))
+    return store.count_missing_pairs(blocks_of_fit(store, len(samples) - loaded.pool))
 
 
 def _pool_cell(cell: Cell, pool: int) -> str:
@@ -124,8 +128,5 @@ def _pool_samples(made: str, loaded: LoadedData) -> Tensor:
     """The test set, then the whole pool, in the order of subset seed 0."""
     parts: Mapping[str, Any] = json.loads(made)
     cell = Cell("infinite", 1, None, 0, OptimizerConfig(), data=parts["data"], net=parts["net"])
-    with torch.random.fork_rng():
-        data, _ = build(cell, loaded)
-    data.prepare_data()
-    data.setup()
+    data, _ = set_up(cell, loaded)
     return torch.cat([samples.x for samples in (data.test_set, data.train_set) if samples is not None])

@@ -146,9 +146,9 @@ class LayerWeights:
         Returns:
             Its output.
         """
-        own = self._given[module]
-        names = {key: name for key, name in self._names[module].items() if name in direction}
-        return self._call(module, {key: own[key] + t * direction[name] for key, name in names.items()}, x)
+        own, names = self._given[module], self._names[module].items()
+        moved = {name: own[key] + t * direction[name] for key, name in names if name in direction}
+        return self.with_weights(module, moved, x)
 
     def _call(self, module: nn.Module, other: Weights, x: Tensor, linear: bool = False) -> Tensor:
         """Run a layer with some other weights, and without its constants where only the linear part is wanted."""

@@ -95,6 +95,17 @@ class KernelStore:
         """
         return [block_id for block_id in self.block_ids if self._read(*self._ordered(block_id)) is None]
 
+    def count_missing_pairs(self, block_ids: Iterable[BlockId]) -> int:
+        """Count the pairs of blocks that are absent, without reading the others.
+
+        Args:
+            block_ids: Which.
+
+        Returns:
+            The number, with half of a block on the diagonal.
+        """
+        return sum(self._pairs(block_id) for block_id in block_ids if not self._stored(*self._ordered(block_id)))
+
     def gram(
         self,
         rows: slice | Sequence[int] | Tensor,

@@ -15,9 +15,9 @@ from ntk_lightning.kernels.grams.distributed import (
 )
 from ntk_lightning.kernels.grams.gram_and_cross import GramAndCross, Kernel, gram_and_cross
 from ntk_lightning.kernels.grams.kernel_key import digest
-from ntk_lightning.kernels.grams.store import KernelStore
+from ntk_lightning.kernels.grams.store import BlockId, KernelStore
 
-__all__ = ["block_side", "pooled_gram_and_cross", "pooled_store", "stored_gram_and_cross"]
+__all__ = ["block_side", "blocks_of_fit", "pooled_gram_and_cross", "pooled_store", "stored_gram_and_cross"]
 
 
 def block_side(m: int) -> int:
@@ -41,6 +41,19 @@ def block_side(m: int) -> int:
 def _earlier_block_side(m: int) -> int:
     """The same of version 0.1."""
     return 64 if m < 4096 else 256
+
+
+def blocks_of_fit(store: KernelStore, m: int) -> list[BlockId]:
+    """List the blocks that a fit asks for: all but those of the other samples with one another.
+
+    Args:
+        store: Of a Gram that has the m other samples first.
+        m: Their number.
+
+    Returns:
+        Ids (i, j), i <= j, of the blocks of which some column is a training sample.
+    """
+    return [(i, j) for i, j in store.block_ids if (j + 1) * store.block > m]
 
 
 def pooled_store(kernel: Kernel, folder: Path, samples: Tensor) -> KernelStore:
@@ -104,9 +117,7 @@ def stored_gram_and_cross(kernel: Kernel, folder: Path | None, *, progress: bool
         train = slice(m, None)
         rank, processes = rank_and_world_size()
         if processes > 1:
-            # no fit asks for the kernel of the others with one another: blocks (i, j), i <= j, whose columns all lie
-            # before the first training sample are left out
-            needed = [(i, j) for i, j in store.block_ids if (j + 1) * store.block > m]
+            needed = blocks_of_fit(store, m)
             gather_or_raise(partial(store.compute, needed, rank=rank, world_size=processes, progress=progress))
         gram = store.gram(train, progress=progress)
         if not m:
